@@ -1,0 +1,56 @@
+"""Fixtures that several test folders share: real text and a real tokenizer, made from the standard library."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+from llm_core.runtime import prepare_environment
+
+prepare_environment()
+
+
+@pytest.fixture(scope="session")
+def corpus() -> str:
+    """About 300 kB of English: docstrings and documentation topics that every Python carries."""
+    import argparse
+    import collections
+    import decimal
+    import logging
+    import pydoc_data.topics
+    import statistics
+    import subprocess
+    import textwrap
+
+    parts = [text for _, text in sorted(pydoc_data.topics.topics.items())][:40]
+    for module in (argparse, collections, decimal, logging, statistics, subprocess, textwrap, pkgutil):
+        for _, member in inspect.getmembers(module):
+            doc = inspect.getdoc(member) if callable(member) else None
+            if doc:
+                parts.append(doc)
+    return "\n\n".join(parts)[:300_000]
+
+
+@pytest.fixture(scope="session")
+def spm_model(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
+    """A SentencePiece BPE model of 512 pieces with byte fallback, laid out like Llama's (unk 0, bos 1, eos 2)."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus.splitlines()),
+        model_writer=model,
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.9995,
+        minloglevel=2,
+        num_threads=1,
+    )
+    path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
