@@ -1,0 +1,19 @@
+"""One operator a call: norm, rotary positions, activation, attention, token loss, dropout.
+
+The model builds these operators once and calls them; which implementation stands behind the name is decided
+here and nowhere else. At present there is one, `reference`: plain MindSpore operators that run on every
+device, and the oracle that every faster implementation is tested against.
+"""
+
+from __future__ import annotations
+
+from llm_core.ops.reference.attention import Attention, CachedAttention
+from llm_core.ops.reference.elementwise import RmsNorm, Rope, SwiGlu
+from llm_core.ops.reference.loss import TokenNll
+
+__all__ = ["Attention", "CachedAttention", "RmsNorm", "Rope", "SwiGlu", "TokenNll", "backend"]
+
+
+def backend() -> tuple[str, str]:
+    """The implementation in use and the reason for it, as one line of a run's log."""
+    return "reference", "plain MindSpore operators"

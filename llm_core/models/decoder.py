@@ -1,0 +1,153 @@
+"""The one model file: a decoder-only transformer, from token ids to logits.
+
+Hidden states travel as [B*S, hidden], so that every linear layer is one plain matrix product. Parameters carry
+MindFormers' names, written out in full; wrap the model only in Cells made with `auto_prefix=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from llm_core import ops as core_ops
+from llm_core.models.layers import Embedding, Linear, NormWeight
+from llm_core.models.rope import rope_tables
+from llm_core.models.spec import DecoderSpec
+
+LinearFactory = Callable[..., nn.Cell]
+"""Called as `Linear(name, in_size, out_size, bias, std, seed)`; may return any Cell that maps [N, in] to [N, out]."""
+
+
+class SelfAttention(nn.Cell):
+    """Projections, rotary positions, attention. Weights wq, wk, wv (or w_qkv) and wo."""
+
+    def __init__(self, name: str, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
+        super().__init__(auto_prefix=False)
+        self.heads, self.kv_heads, self.dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.sizes = (spec.q_size, spec.kv_size, spec.kv_size)
+        self.qkv_concat = spec.qkv_concat
+        h, std = spec.hidden_size, spec.initializer_range
+        if spec.qkv_concat:
+            self.w_qkv = linear(f"{name}.w_qkv", h, sum(self.sizes), spec.qkv_bias, std, seed)
+        else:
+            self.wq = linear(f"{name}.wq", h, spec.q_size, spec.qkv_bias, std, seed)
+            self.wk = linear(f"{name}.wk", h, spec.kv_size, spec.qkv_bias, std, seed)
+            self.wv = linear(f"{name}.wv", h, spec.kv_size, spec.qkv_bias, std, seed)
+        self.wo = linear(f"{name}.wo", spec.q_size, h, spec.output_bias, std, seed)
+        self.rope = core_ops.Rope()
+        self.attention = core_ops.Attention()
+
+    def qkv(self, x: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B*S, hidden] -> q [B, S, H, D], k and v [B, S, Hkv, D], not yet rotated."""
+        if self.qkv_concat:
+            q, k, v = ops.split(self.w_qkv(x), self.sizes, -1)
+        else:
+            q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        q = q.reshape(batch, length, self.heads, self.dim)
+        k = k.reshape(batch, length, self.kv_heads, self.dim)
+        return q, k, v.reshape(batch, length, self.kv_heads, self.dim)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, batch: int, length: int) -> Tensor:
+        q, k, v = self.qkv(x, batch, length)
+        out = self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v)
+        return self.wo(out.reshape(batch * length, self.heads * self.dim))
+
+
+class FeedForward(nn.Cell):
+    """SwiGLU: w2(silu(w1 x) * w3 x); w1 and w3 may lie in one matrix, w_gate_hidden."""
+
+    def __init__(self, name: str, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
+        super().__init__(auto_prefix=False)
+        h, f, bias, std = spec.hidden_size, spec.ffn_size, spec.mlp_bias, spec.initializer_range
+        self.concat, self.width = spec.qkv_concat, f
+        if self.concat:
+            self.w_gate_hidden = linear(f"{name}.w_gate_hidden", h, 2 * f, bias, std, seed)
+        else:
+            self.w1 = linear(f"{name}.w1", h, f, bias, std, seed)
+            self.w3 = linear(f"{name}.w3", h, f, bias, std, seed)
+        self.w2 = linear(f"{name}.w2", f, h, bias, std, seed)
+        self.activation = core_ops.SwiGlu()
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.concat:
+            gate, up = ops.split(self.w_gate_hidden(x), self.width, -1)
+        else:
+            gate, up = self.w1(x), self.w3(x)
+        return self.w2(self.activation(gate, up))
+
+
+class Block(nn.Cell):
+    """One layer.
+
+        x ──┬─ attention_norm ─ attention ─(+)──┬─ ffn_norm ─ feed_forward ─(+)── out
+            └───────────────────────────────┘   └────────────────────────────┘
+    """
+
+    def __init__(self, name: str, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
+        super().__init__(auto_prefix=False)
+        norm = core_ops.RmsNorm(spec.norm_eps)
+        self.attention_norm = NormWeight(f"{name}.attention_norm", spec.hidden_size, norm)
+        self.attention = SelfAttention(f"{name}.attention", spec, linear, seed)
+        self.ffn_norm = NormWeight(f"{name}.ffn_norm", spec.hidden_size, norm)
+        self.feed_forward = FeedForward(f"{name}.feed_forward", spec, linear, seed)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, batch: int, length: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, batch, length)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Decoder(nn.Cell):
+    """Embedding, layers and the last norm: tokens int32 [B, S] -> hidden fp32 [B*S, hidden]."""
+
+    def __init__(self, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
+        super().__init__(auto_prefix=False)
+        self.tok_embeddings = Embedding(
+            "model.tok_embeddings", spec.vocab_size, spec.hidden_size, spec.initializer_range, seed
+        )
+        self.layers = nn.CellList(
+            [Block(f"model.layers.{i}", spec, linear, seed) for i in range(spec.num_layers)], auto_prefix=False
+        )
+        self.norm_out = NormWeight("model.norm_out", spec.hidden_size, core_ops.RmsNorm(spec.norm_eps))
+        cos, sin = rope_tables(spec.rope, spec.head_dim, spec.max_position)
+        self.cos, self.sin = Tensor(cos[:, None, :]), Tensor(sin[:, None, :])  # [positions, 1, D]
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        cos, sin = self.cos[:length], self.sin[:length]
+        x = self.tok_embeddings(tokens.reshape(-1))
+        for layer in self.layers:
+            x = layer(x, cos, sin, batch, length)
+        return self.norm_out(x)
+
+
+class CausalLM(nn.Cell):
+    """The decoder with its head: tokens int32 [B, S] -> logits fp32 [B, S, V].
+
+    `linear` makes the linear layers by name; `seed` None leaves the weights zero, for a model about to be loaded.
+    """
+
+    def __init__(self, spec: DecoderSpec, linear: LinearFactory = Linear, seed: int | None = 0):
+        super().__init__(auto_prefix=False)
+        self.spec = spec
+        self.model = Decoder(spec, linear, seed)
+        self.lm_head = None
+        if not spec.tied_head:
+            self.lm_head = linear("lm_head", spec.hidden_size, spec.vocab_size, False, spec.initializer_range, seed)
+        self.tied_product = ops.MatMul(transpose_b=True)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, hidden] -> logits [N, V]."""
+        if self.lm_head is None:
+            return self.tied_product(hidden, self.model.tok_embeddings.embedding_weight)
+        return self.lm_head(hidden)
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        return self.head(self.model(tokens)).reshape(batch, length, -1)
+
+
+def parameter_values(net: nn.Cell) -> dict[str, np.ndarray]:
+    """Every parameter of a model by its name, as numpy."""
+    return {name: parameter.asnumpy() for name, parameter in net.parameters_dict().items()}

@@ -1,0 +1,61 @@
+"""The parts with weights: linear layer, embedding, norm weight; and their deterministic initial values."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+
+def initial_normal(name: str, shape: tuple[int, ...], std: float, seed: int | None) -> Tensor:
+    """Values of parameter `name` at the start: fp32, normal(0, std), the same on every machine and rank layout.
+
+    Each parameter has a generator of its own, keyed by (seed, name), so its values do not depend on which other
+    parameters exist or in which order they are made. `seed` None gives zeros, for a model about to be loaded.
+    """
+    if seed is None:
+        return Tensor(np.zeros(shape, np.float32))
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return Tensor(generator.standard_normal(shape, dtype=np.float32) * np.float32(std))
+
+
+class Linear(nn.Cell):
+    """y = x weight^T (+ bias): x fp32 [N, in] -> fp32 [N, out]; weight [out, in] named `<name>.weight`."""
+
+    def __init__(self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None):
+        super().__init__(auto_prefix=False)
+        self.weight = Parameter(initial_normal(f"{name}.weight", (out_size, in_size), std, seed), name=f"{name}.weight")
+        self.bias = Parameter(Tensor(np.zeros(out_size, np.float32)), name=f"{name}.bias") if bias else None
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.matmul(x, self.weight)
+        if self.bias is not None:
+            y = ops.BiasAdd()(y, self.bias)
+        return y
+
+
+class Embedding(nn.Cell):
+    """Rows of a table: ids int32 [N] -> fp32 [N, D]; the table [V, D] is named `<name>.embedding_weight`."""
+
+    def __init__(self, name: str, vocab_size: int, size: int, std: float, seed: int | None):
+        super().__init__(auto_prefix=False)
+        full_name = f"{name}.embedding_weight"
+        self.embedding_weight = Parameter(initial_normal(full_name, (vocab_size, size), std, seed), name=full_name)
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return ops.gather(self.embedding_weight, ids, 0)
+
+
+class NormWeight(nn.Cell):
+    """The scale of an RMSNorm, fp32 [D], ones at the start, and the operator that applies it."""
+
+    def __init__(self, name: str, size: int, operator: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.weight = Parameter(Tensor(np.ones(size, np.float32)), name=f"{name}.weight")
+        self.operator = operator
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.operator(x, self.weight)

@@ -1,0 +1,1 @@
+"""Plain MindSpore implementations: the oracle of every other backend."""
