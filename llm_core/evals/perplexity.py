@@ -1,0 +1,103 @@
+"""Perplexity on a data set: exp of the mean loss per supervised token.
+
+Two means are in use. Ours weighs every token alike: sum of all token losses / number of all supervised tokens, the
+same for any batch size. MindFormers means each batch and then averages the batches, which weighs a short or mostly
+padded batch like a full one; that figure is given beside ours, for comparison with upstream's logs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+
+from llm_core.data.batch import IGNORED, shift
+from llm_core.data.loader import Loader
+from llm_core.errors import UserError
+from llm_core.models.decoder import CausalLM
+from llm_core.models.heads import TokenLoss
+from llm_core.report.console import console
+from llm_core.runtime import Compiled
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """loss in nats a token and ppl = exp(loss), over all tokens; per_batch_*: the mean over batches' means."""
+
+    loss: float
+    ppl: float
+    tokens: int
+    batches: int
+    per_batch_loss: float
+    per_batch_ppl: float
+
+    def mindformers_line(self) -> str:
+        """The line that readers of MindFormers' logs look for."""
+        return f"PerplexityMetric = {{'PerplexityMetric': {{'loss': {self.loss}, 'PPL': {self.ppl}}}}}"
+
+    def per_batch_line(self) -> str:
+        """Upstream's figure, and what ours was taken over."""
+        return (
+            f"mean of the {self.batches} batches' means, as MindFormers counts: loss {self.per_batch_loss:.6f}, "
+            f"PPL {self.per_batch_ppl:.4f} (above: over all {self.tokens} supervised tokens)"
+        )
+
+
+class Perplexity:
+    """Measures `net`, whose weights are shared, not copied: make it once and call `measure` as training goes on.
+
+    One graph is compiled for each batch shape, at its first batch. graph_key: whatever changes the graph beside
+    net.spec (an adapter, for instance); it names the graph in the compile cache.
+    """
+
+    def __init__(
+        self,
+        net: CausalLM,
+        *,
+        pad_token_id: int,
+        ignore_token_id: int = IGNORED,
+        graph_key: dict[str, Any] | None = None,
+    ) -> None:
+        self._pad, self._ignore = pad_token_id, ignore_token_id
+        self._token_loss = Compiled(TokenLoss(net), spec=net.spec, **(graph_key or {}))
+
+    def measure(self, loader: Loader, desc: str = "evaluate") -> PerplexityResult:
+        """One pass over `loader`, in its order of epoch 0. Raises UserError if no token at all is supervised."""
+        sums: list[tuple[float, float]] = []
+        total_loss = total_tokens = 0.0
+        with console.progress(loader.steps_per_epoch, desc=desc, unit="batch") as bar:
+            for batch in loader.epoch(0):
+                tokens, labels = shift(batch, self._pad, self._ignore)
+                loss, count = self._token_loss(ms.Tensor(tokens), ms.Tensor(labels))
+                sums.append((float(loss.asnumpy()), float(count.asnumpy())))
+                total_loss, total_tokens = total_loss + sums[-1][0], total_tokens + sums[-1][1]
+                bar.set_postfix_str(f"loss {total_loss / max(total_tokens, 1.0):.4f}", refresh=False)
+                bar.update(1)
+        return summarize(sums)
+
+
+def summarize(sums: list[tuple[float, float]]) -> PerplexityResult:
+    """The result of batches given as (sum of token losses, number of supervised tokens).
+
+    Batches without any supervised token count in neither mean.
+    """
+    sums = [(loss, count) for loss, count in sums if count > 0]
+    tokens = sum(count for _, count in sums)
+    if not tokens:
+        raise UserError(
+            "eval_dataset: not one token of it is supervised (everything is padding or labelled -100); check "
+            "pad_token_id and the records with `run_llm.py show-data FILE`"
+        )
+    mean = math.fsum(loss for loss, _ in sums) / tokens
+    per_batch = math.fsum(loss / count for loss, count in sums) / len(sums)
+    return PerplexityResult(mean, _exp(mean), int(tokens), len(sums), per_batch, _exp(per_batch))
+
+
+def _exp(x: float) -> float:
+    """exp that says inf instead of failing above 709."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
