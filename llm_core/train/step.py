@@ -1,0 +1,208 @@
+"""One optimizer step as compiled Cells: gradients, overflow check, clip, update.
+
+A window of one micro-batch is one graph (`TrainStep`). A window of several is two graphs, each compiled once
+whatever the number of micro-batches: `AccumulateStep` adds a micro-batch's gradient to fp32 accumulators,
+`ApplyStep` finishes the window from them. Every form divides by the supervised tokens of the WHOLE window,
+which the host counts beforehand, so 16 micro-batches of 1 and 1 of 16 are the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from llm_core.runtime import Compiled
+
+
+class ScaledLoss(nn.Cell):
+    """Sum of token losses times a factor; the scalar that is differentiated.
+
+    Args:
+        token_loss: Cell(tokens, labels, dropout_key) -> (sum of token losses [], supervised tokens []).
+    """
+
+    def __init__(self, token_loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.token_loss = token_loss
+
+    def construct(self, tokens, labels, key, factor):
+        """tokens, labels int32 [B, S], key int32 [2], factor fp32 [] -> fp32 []."""
+        loss_sum, _ = self.token_loss(tokens, labels, key)
+        return loss_sum * factor
+
+
+class Finish(nn.Cell):
+    """From the scaled gradients of a window to new weights.
+
+    The update is left out when the global norm is not finite (overflow) or the loss is above `loss_limit`.
+    Clip: coefficient min(1, max_norm / (norm + 1e-6)), as torch and MindFormers compute it.
+    """
+
+    def __init__(self, optimizer: nn.Cell, max_grad_norm: float | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+        self.clips = max_grad_norm is not None
+        self.max_grad_norm = float(max_grad_norm or 0.0)
+
+    def construct(self, grads, loss, scale, lr, step, loss_limit):
+        """Scalars fp32 []: loss is unscaled; returns (global norm, update applied?)."""
+        squares = ops.zeros((), ms.float32)
+        for grad in grads:
+            # Row sums first: MindSpore's CPU reduction to a scalar is six times slower than this, and the
+            # one-pass L2Loss kernel loses three digits.
+            squares = squares + ops.square(grad).sum(-1).sum()
+        norm = ops.sqrt(squares) / scale
+        coefficient = 1.0 / scale
+        if self.clips:
+            coefficient = coefficient * ops.minimum(self.max_grad_norm / (norm + 1e-6), 1.0)
+        applied = ops.logical_and(ops.isfinite(norm), loss <= loss_limit)
+        if applied:
+            self.optimizer(grads, lr, step, coefficient)
+        return norm, applied
+
+
+class TrainStep(nn.Cell):
+    """A window of one micro-batch, in one graph.
+
+    Args:
+        token_loss: see `ScaledLoss`.
+        optimizer: Cell(grads, lr, step, coefficient) that updates the weights in place.
+        max_grad_norm: clip threshold, None = no clip.
+    """
+
+    def __init__(self, token_loss: nn.Cell, optimizer: nn.Cell, max_grad_norm: float | None = None) -> None:
+        super().__init__(auto_prefix=False)
+        self.value_and_grad = ops.value_and_grad(ScaledLoss(token_loss), None, optimizer.params)
+        self.finish = Finish(optimizer, max_grad_norm)
+
+    def construct(self, tokens, labels, key, per_token, scale, lr, step, loss_limit):
+        """One optimizer step.
+
+        Args:
+            tokens, labels: int32 [B, S], labels -100 where not supervised.
+            key: int32 [2], (step, micro-batch): names this window to the dropout generator.
+            per_token: fp32 [], 1 / supervised tokens of the window.
+            scale: fp32 [], loss scale.
+            lr, step: fp32 [], learning rate and 1-based count of applied updates.
+            loss_limit: fp32 [], the update is skipped when the loss is above it (inf: never).
+
+        Returns:
+            (loss fp32 [], global norm fp32 [], applied bool []).
+        """
+        scaled, grads = self.value_and_grad(tokens, labels, key, per_token * scale)
+        loss = scaled / scale
+        norm, applied = self.finish(grads, loss, scale, lr, step, loss_limit)
+        return loss, norm, applied
+
+
+class AccumulateStep(nn.Cell):
+    """Add one micro-batch's scaled gradient to the accumulators; returns its share of the loss, fp32 []."""
+
+    def __init__(self, token_loss: nn.Cell, weights: ParameterTuple, sums: ParameterTuple) -> None:
+        super().__init__(auto_prefix=False)
+        self.value_and_grad = ops.value_and_grad(ScaledLoss(token_loss), None, weights)
+        self.sums = sums
+
+    def construct(self, tokens, labels, key, per_token, scale):
+        """Arguments as in `TrainStep.construct`."""
+        scaled, grads = self.value_and_grad(tokens, labels, key, per_token * scale)
+        for total, grad in zip(self.sums, grads):  # noqa: B905 (strict= does not compile)
+            ops.assign_add(total, grad)
+        return scaled / scale
+
+
+class ApplyStep(nn.Cell):
+    """Finish a window from the accumulators, and clear them."""
+
+    def __init__(self, optimizer: nn.Cell, sums: ParameterTuple, max_grad_norm: float | None = None) -> None:
+        super().__init__(auto_prefix=False)
+        self.finish = Finish(optimizer, max_grad_norm)
+        self.sums = sums
+
+    def construct(self, loss, scale, lr, step, loss_limit):
+        """Scalars fp32 [] as in `TrainStep.construct`; returns (global norm, applied)."""
+        norm, applied = self.finish(self.sums, loss, scale, lr, step, loss_limit)
+        for total in self.sums:
+            ops.assign(total, ops.zeros_like(total))
+        return norm, applied
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one window did."""
+
+    loss: float  # per supervised token
+    norm: float  # global norm of the unscaled gradient, before the clip
+    applied: bool  # False: overflow, or a loss above the limit; weights and optimizer state are as before
+    tokens: int  # supervised tokens in the window
+
+
+class Stepper:
+    """Runs windows of 1 to N micro-batches through the compiled Cells.
+
+    Args:
+        token_loss, optimizer, max_grad_norm: see `TrainStep`.
+        accumulation: micro-batches a full window holds; a shorter last window takes the same graphs.
+        key: what shapes the graphs beside these arguments (spec, optimizer ...): names them in the compile cache.
+    """
+
+    def __init__(
+        self, token_loss: nn.Cell, optimizer: nn.Cell, *, accumulation: int = 1,
+        max_grad_norm: float | None = None, key: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.accumulation = accumulation
+        key = {**(key or {}), "max_grad_norm": max_grad_norm}
+        if accumulation == 1:
+            self.whole = Compiled(TrainStep(token_loss, optimizer, max_grad_norm).set_train(), **key)
+            return
+        sums = ParameterTuple(
+            Parameter(Tensor(np.zeros(weight.shape, np.float32)), name=f"grad_sum.{weight.name}")
+            for weight in optimizer.params
+        )
+        self.accumulate = Compiled(AccumulateStep(token_loss, optimizer.params, sums).set_train(), **key)
+        self.apply = Compiled(ApplyStep(optimizer, sums, max_grad_norm), **key)
+
+    def run(
+        self,
+        window: Sequence[tuple[np.ndarray, np.ndarray]],
+        *,
+        lr: float,
+        scale: float,
+        update: int,
+        key: int,
+        loss_limit: float = np.inf,
+    ) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            window: (tokens, labels) of each micro-batch, int32 [B, S], labels -100 where not supervised.
+            lr: learning rate of this step.
+            scale: loss scale.
+            update: 1-based number of this update (Adam's bias correction).
+            key: names the step to the dropout generator; the same key gives the same masks.
+            loss_limit: skip the update when the loss is above it.
+        """
+        supervised = sum(int(np.count_nonzero(labels != -100)) for _, labels in window)
+        per_token = _scalar(1.0 / max(supervised, 1))
+        numbers = _scalar(lr), _scalar(update), _scalar(loss_limit)
+        scale_tensor = _scalar(scale)
+        batches = [
+            (Tensor(tokens), Tensor(labels), Tensor(np.array([key, index], np.int32)))
+            for index, (tokens, labels) in enumerate(window)
+        ]
+        if self.accumulation == 1:
+            (batch,) = batches
+            loss, norm, applied = self.whole(*batch, per_token, scale_tensor, *numbers)
+        else:
+            loss = sum(float(self.accumulate(*batch, per_token, scale_tensor).asnumpy()) for batch in batches)
+            norm, applied = self.apply(_scalar(loss), scale_tensor, *numbers)
+        return StepResult(float(loss), float(norm.asnumpy()), bool(applied.asnumpy()), supervised)
+
+
+def _scalar(value: float) -> Tensor:
+    return Tensor(np.float32(value))
