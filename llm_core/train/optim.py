@@ -205,7 +205,7 @@ def _rms(x):
 ALIASES = {
     "adamw": "AdamW",
     "fp32_adamw": "FP32StateAdamWeightDecay",
-    "fused_adamw": "AdamW",
+    "fused_adamw": "FP32StateAdamWeightDecay",
     "adam": "Adam",
     "sgd": "SGD",
     "adagrad": "Adagrad",
