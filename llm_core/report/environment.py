@@ -25,7 +25,7 @@ PACKAGES = (
     "tqdm", "jinja2", "jieba", "matplotlib", "tensorboard", "mindformers", "torch", "transformers", "peft",
 )
 # Of the environment only what steers a run is recorded: the rest may hold secrets.
-VARIABLE_PREFIXES = ("OMP_", "KMP_", "GOMP_", "MS_", "GLOG_", "ASCEND_", "HCCL_", "MKL_", "OPENBLAS_")
+VARIABLE_PREFIXES = ("RUN_LLM_", "OMP_", "KMP_", "GOMP_", "MS_", "GLOG_", "ASCEND_", "HCCL_", "MKL_", "OPENBLAS_")
 VARIABLES = (
     "RANK_ID", "RANK_SIZE", "DEVICE_ID", "RANK_TABLE_FILE", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED",
     "LC_ALL", "LANG",

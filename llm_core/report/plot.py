@@ -19,8 +19,8 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str = "") 
 
     Written under a temporary name first, so that a viewer never sees half a picture.
     """
-    steps, losses = _column(metrics, "loss")
-    eval_steps, eval_losses = _column(metrics, "eval_loss")
+    steps, losses = column(metrics, "loss")
+    eval_steps, eval_losses = column(metrics, "eval_loss")
     if len(steps) + len(eval_steps) == 0:
         return None
     # Without pyplot: no global state, no display, and safe beside a user's own matplotlib.
@@ -29,7 +29,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str = "") 
 
     figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    rate_steps, rates = _column(metrics, "lr")
+    rate_steps, rates = column(metrics, "lr")
     if len(rate_steps):
         loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         _draw_rate(rate_axes, rate_steps, rates)
@@ -95,7 +95,7 @@ def _limits(losses: np.ndarray, eval_losses: np.ndarray) -> tuple[float, float]:
 
 def _add_token_axis(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
     """Tokens seen so far along the top, where the file counts them at every step."""
-    steps, tokens = _column(metrics, "supervised_tokens")
+    steps, tokens = column(metrics, "supervised_tokens")
     if len(steps) < 2:
         return
     seen = np.cumsum(tokens)
@@ -132,10 +132,10 @@ def _style(axes: Any) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _column(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps [N], values [N]) of the lines that carry a finite `name`."""
-    pairs = [(line["step"], line[name]) for line in metrics if isinstance(line.get(name), int | float)]
-    columns = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+def column(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [N], values [N]) of the lines that carry a finite `name`, by step; of a step run twice, the last."""
+    by_step = {line["step"]: line[name] for line in metrics if isinstance(line.get(name), int | float)}
+    columns = np.array(sorted(by_step.items()), dtype=np.float64).reshape(-1, 2)
     return columns[:, 0], columns[:, 1]
 
 

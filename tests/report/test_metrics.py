@@ -12,7 +12,7 @@ import pytest
 
 from llm_core.errors import EnvironmentFault, UserError
 from llm_core.report.metrics import MetricsLog, read_metrics
-from llm_core.report.plot import smooth
+from llm_core.report.plot import column, smooth
 from llm_core.report.tensorboard import TensorBoardLog
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -122,6 +122,12 @@ def test_plot_of_one_step_and_of_none(tmp_path):
         assert log.plot() is None
         log.write(step=2, loss=3.0)
         assert log.plot().stat().st_size > 5000
+
+
+def test_a_step_run_twice_counts_as_it_last_went():
+    lines = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 3, "loss": None}]
+    steps, losses = column(lines, "loss")
+    assert steps.tolist() == [1.0, 2.0] and losses.tolist() == [3.0, 9.0]
 
 
 def test_smoothing_does_not_lag():
