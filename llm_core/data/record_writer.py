@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from llm_core.data.mindrecord import Damaged, Shard
 from llm_core.errors import EnvironmentFault, UserError
 
 _ROWS_PER_CALL = 500  # FileWriter costs the same for 1 row as for hundreds
+_LEAST_FREE_BYTES = 32 << 20  # below this the disk counts as full
 _FORBIDDEN_IN_NAME = set("\\/:*?\"<>|`&';")  # mindspore.mindrecord refuses them
 
 
@@ -48,6 +50,7 @@ class RecordWriter:
         self.columns = dict(columns)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.num_records = 0
+        self._checksum = 0  # sum of the rows' CRCs: shards may hold them in any order
         _check_name(self.path)
         self._pending: list[dict[str, np.ndarray]] = []
         with _environment_faults(self.path):
@@ -80,7 +83,10 @@ class RecordWriter:
 
     def _flush(self, count: int) -> None:
         with _environment_faults(self.path):
+            if shutil.disk_usage(self._folder).free < _LEAST_FREE_BYTES:
+                raise OSError("the disk is full")
             self._writer.write_raw_data(self._pending[:count])
+        self._checksum += sum(_row_checksum(row) for row in self._pending[:count])
         self.num_records += count
         del self._pending[:count]
 
@@ -104,16 +110,19 @@ class RecordWriter:
             self.abort()
 
     def _check_whole(self) -> None:
-        # MindSpore does not report every failed write: read the ends of what it wrote.
-        shards = [Shard(self._folder / name) for name in self._shard_names()]
-        if sum(shard.num_records for shard in shards) != self.num_records:
-            raise OSError(
-                f"{self.num_records} records were written and the file holds fewer (is the disk full?)"
-            )
-        for shard in shards:
-            for index in {0, shard.num_records - 1} if shard.num_records else ():
-                shard.row(index)
-            shard.close()
+        """Read everything back: MindSpore does not notice a failed write (disk quota, full disk)."""
+        checksum = 0
+        for name in self._shard_names():
+            try:
+                shard = Shard(self._folder / name)
+                checksum += sum(_row_checksum(shard.row(index)) for index in range(shard.num_records))
+                shard.close()
+            except (UserError, Damaged) as error:
+                raise OSError(
+                    f"what was written cannot be read back (disk or quota full?): {error}"
+                ) from None
+        if checksum != self._checksum:
+            raise OSError("what was written is read back differently (disk or quota full?)")
 
     def _shard_names(self) -> list[str]:
         if self._num_shards == 1:
@@ -193,6 +202,10 @@ def _as_int32(name: str, rows: np.ndarray, width: int) -> np.ndarray:
     return np.ascontiguousarray(array, np.int32).copy()  # a copy: the caller may reuse its buffer
 
 
+def _row_checksum(row: Mapping[str, np.ndarray]) -> int:
+    return sum(zlib.crc32(name.encode() + row[name].astype(np.int32, copy=False).tobytes()) for name in row)
+
+
 def _temporary_prefix(path: Path) -> str:
     return f".{path.name}.writing-"
 
@@ -222,7 +235,7 @@ def _environment_faults(path: Path) -> Iterator[None]:
     """Disk full, no permission, and MindSpore's RuntimeErrors for the same -> EnvironmentFault."""
     try:
         yield
-    except (OSError, RuntimeError, Damaged) as error:
+    except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         free = ""
         with contextlib.suppress(OSError):
