@@ -1,0 +1,89 @@
+"""From what the user gave as `load_checkpoint` to the weight files that it means."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from llm_core.checkpoint.files import is_weight_file
+from llm_core.errors import UserError
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_RUN_FILE = re.compile(r"(?P<stem>.+)-(?P<epoch>\d+)_(?P<step>\d+)")
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that `path` stands for, all to be merged.
+
+    path: a weight file; a Hugging Face folder (sharded or not); Meta's folder (params.json, consolidated.*.pth); a
+    run's output_dir; a folder that holds rank_0; a folder of weight files (of a run's files `NAME-{epoch}_{step}`
+    the last by meta.json, else the highest, for each NAME). UserError when there is nothing.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise UserError(f"load_checkpoint: {path}: no such file or folder")
+    for inner in (path / "checkpoint" / "rank_0", path / "rank_0"):
+        if inner.is_dir():
+            return _in_folder(inner)
+    return _in_folder(path)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    for index in _INDEXES:
+        if (folder / index).is_file():
+            return _of_index(folder / index)
+    for single in _SINGLES:
+        if (folder / single).is_file():
+            return [folder / single]
+    meta = _last_of_run(folder)
+    if meta is not None:
+        return [meta]
+    files = sorted(file for file in folder.iterdir() if file.is_file() and is_weight_file(file))
+    if not files:
+        raise UserError(
+            f"load_checkpoint: {folder}: no weights in this folder (.safetensors, .ckpt, .bin or .pth, "
+            "a rank_0 folder or checkpoint/rank_0)"
+        )
+    return _newest_of_each_run(files)
+
+
+def _of_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: damaged: no weight_map in it ({error})") from error
+    files = []
+    for name in names:
+        file = index.parent / str(name)
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{index}: names {name}, which is not in {index.parent}; fetch the missing shard")
+        files.append(file)
+    return files
+
+
+def _last_of_run(folder: Path) -> Path | None:
+    """The file that meta.json points to."""
+    try:
+        name = json.loads((folder / "meta.json").read_text())["last_ckpt_file"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    file = folder / Path(str(name)).name
+    if not file.is_file():
+        raise UserError(f"{folder / 'meta.json'}: names {name}, which is gone; give the file to load itself")
+    return file
+
+
+def _newest_of_each_run(files: list[Path]) -> list[Path]:
+    newest: dict[str, tuple[tuple[int, int], Path]] = {}
+    for file in files:
+        match = _RUN_FILE.fullmatch(file.stem)
+        if match:
+            age = (int(match["epoch"]), int(match["step"]))
+            newest[match["stem"]] = max(newest.get(match["stem"], (age, file)), (age, file))
+        else:
+            newest[file.name] = ((0, 0), file)
+    return [file for _, file in newest.values()]
