@@ -1,0 +1,50 @@
+# make demo     set up, then: corpus, tokenizer, pretraining, perplexity, fine-tuning, an answer (10 minutes)
+# make test     set up, then the tests; those that compare with torch run where `make parity` has installed it
+# make parity   torch, transformers and peft into .venv: the oracles of tests and benchmarks
+# make bench    every benchmark against its peer; one line a figure at the end
+# make lint     ruff
+# make clean    remove what the targets above have made, .venv included
+#
+# Everything goes into .venv and demo_output/. Another interpreter: make demo PYTHON=/path/to/python3.12
+
+VENV := .venv
+BIN := $(VENV)/bin
+SUPPORTED := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	if $$p -c '$(SUPPORTED)' 2>/dev/null; then echo $$p; break; fi; done)
+
+.PHONY: setup demo test parity bench lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || { \
+	  echo "run_llm needs Python 3.10, 3.11 or 3.12 (MindSpore has no other wheels)." \
+	       "Found: $$(python3 --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "== setting up $(VENV) with $$($(PYTHON) --version) (1 to 3 minutes, once)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.parity: setup.py $(VENV)/.ready
+	@echo "== installing torch, transformers and peft into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
+	@touch $@
+
+demo: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+parity: $(VENV)/.parity
+
+bench: parity
+	$(BIN)/python benchmarks/run.py
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) demo_output build dist run_llm.egg-info rank_0 .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
