@@ -1,7 +1,8 @@
 """The manifest of a data set: `<file>.manifest.json` beside a MindRecord, with counts, sizes and hashes.
 
     {"format": "run_llm-records/1", "records": n, "columns": {name: width},
-     "files": {name: {"bytes": n, "sha256": hex}}, ... and what the preprocessing adds: tokenizer, counts}
+     "files": {name: {"bytes": n, "sha256": hex}},
+     "tokenizer": {"path": file, "fingerprint": its sha256}, ... and what else the preprocessing knows}
 
 While files are being replaced it says `"incomplete": true` instead.
 """

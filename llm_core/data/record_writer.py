@@ -77,6 +77,7 @@ class RecordWriter:
         lengths = {len(array) for array in arrays.values()}
         if len(lengths) != 1 or set(rows) != set(self.columns):
             raise ValueError(f"columns {list(rows)} with {lengths} rows; wanted {list(self.columns)}")
+        self.num_records += max(lengths)
         self._pending.extend({name: arrays[name][i] for name in arrays} for i in range(lengths.pop()))
         while len(self._pending) >= _ROWS_PER_CALL:
             self._flush(_ROWS_PER_CALL)
@@ -87,7 +88,6 @@ class RecordWriter:
                 raise OSError("the disk is full")
             self._writer.write_raw_data(self._pending[:count])
         self._checksum += sum(_row_checksum(row) for row in self._pending[:count])
-        self.num_records += count
         del self._pending[:count]
 
     def close(self) -> None:
