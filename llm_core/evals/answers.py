@@ -1,0 +1,138 @@
+"""Questions from records, and the model's answers to them: what EM and F1 are computed from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from llm_core.data.records import RecordFile
+from llm_core.errors import UserError
+from llm_core.evals.squad import first_line
+from llm_core.infer.generate import Generator
+from llm_core.infer.sampling import SamplingParams
+from llm_core.infer.stream import TextStream
+from llm_core.report.console import console
+from llm_core.text import Tokenizer
+
+GOLDS_SUFFIX = ".golds.jsonl"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A record of tools/dataset_preprocess/squad_data_process.py --mode eval."""
+
+    record: int
+    id: str
+    prompt_ids: list[int]  # without padding
+    golds: list[str]  # all right answers, at least one; the first is upstream's only one
+
+
+def read_questions(
+    records: RecordFile, tokenizer: Tokenizer, pad_token_id: int, num_samples: int | None = None
+) -> list[Question]:
+    """The questions of an evaluation data set, in its order.
+
+    Right answers come from the .golds.jsonl beside the records; where there is none (files made with MindFormers), the
+    one in column labels is decoded. Raises UserError if there are no labels either, or the two files do not fit.
+    """
+    if "labels" not in records.columns:
+        raise UserError(
+            f"{records.path}: no column labels, so no answers to compare with; write it with "
+            "tools/dataset_preprocess/squad_data_process.py --mode eval"
+        )
+    rows = records.read(np.arange(min(records.num_records, num_samples or records.num_records)))
+    pads = {pad_token_id, tokenizer.pad_or_substitute_id}
+    golds = _read_golds(records)
+    questions = []
+    for record, (prompt, answer) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
+        answers, name = golds[record] if golds else ([tokenizer.decode(_unpadded(answer, pads))], str(record))
+        questions.append(Question(record, name, _unpadded(prompt, pads), answers))
+    return questions
+
+
+def _read_golds(records: RecordFile) -> list[tuple[list[str], str]]:
+    """(right answers, id) of every record; empty if no file of them lies beside the records."""
+    paths = [path for path in map(_golds_path, records.files) if path.exists()]
+    if not paths:
+        return []
+    if len(records.files) > 1:
+        raise UserError(f"{records.path}: {len(records.files)} files; EmF1Metric evaluates one: name it")
+    lines = paths[0].read_text(encoding="utf-8").splitlines()
+    try:
+        golds = [([str(text) for text in row["answers"]], str(row["id"])) for row in map(json.loads, lines)]
+        whole = all(answers for answers, _ in golds)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole or len(golds) != records.num_records:
+        raise UserError(
+            f"{paths[0]}: not the right answers of the {records.num_records} records of {records.path}; write the data "
+            "set again"
+        )
+    return golds
+
+
+def _golds_path(file: Path) -> Path:
+    return file.with_name(file.name + GOLDS_SUFFIX)
+
+
+def _unpadded(ids: np.ndarray, pads: set[int]) -> list[int]:
+    """The ids without the padding behind them, negative ones (labels of -100) included."""
+    real = np.flatnonzero(~np.isin(ids, list(pads)) & (ids >= 0))
+    return ids[: real[-1] + 1].tolist() if len(real) else []
+
+
+def answer_questions(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    params: SamplingParams,
+    *,
+    seed: int,
+    batch_size: int,
+) -> list[str]:
+    """The first line that the model writes to each question; only that line counts, so a row ends with it.
+
+    Questions of like length share a batch. Raises UserError, before anything is generated, for a prompt that leaves no
+    room for an answer.
+    """
+    params = replace(params, num_return_sequences=1)
+    for question in questions:
+        try:
+            params.new_tokens(len(question.prompt_ids), generator.spec.max_position)
+        except UserError as error:
+            raise UserError(f"eval_dataset, record {question.record}: {error}") from None
+    answers = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda number: -len(questions[number].prompt_ids))
+    with console.progress(len(questions), desc="answer", unit="question") as bar:
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            prompts = [questions[number].prompt_ids for number in batch]
+            texts = _answer_batch(generator, tokenizer, prompts, params, seed + first, batch_size)
+            for number, text in zip(batch, texts, strict=True):
+                answers[number] = text
+            bar.update(len(batch))
+    return answers
+
+
+def _answer_batch(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    seed: int,
+    rows: int,
+) -> list[str]:
+    streams = [TextStream(tokenizer, prompt, params.stop_strings) for prompt in prompts]
+
+    def take(row: int, token: int) -> bool:
+        streams[row].push(token)
+        return streams[row].stopped or "\n" in streams[row].text.lstrip()
+
+    generator.generate(prompts, params, seed, take, rows=rows)
+    for stream in streams:
+        stream.finish()
+    return [first_line(stream.text) for stream in streams]

@@ -1,0 +1,120 @@
+"""`--run_mode eval`: load_checkpoint measured on eval_dataset by what `metric` lists."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_core.config import LoadedConfig
+from llm_core.data.open import open_loader, open_records
+from llm_core.errors import EnvironmentFault, UserError
+from llm_core.evals import squad
+from llm_core.report.console import console
+from llm_core.report.environment import save_run_record
+
+RESULT_NAME = "eval_result.json"
+PREDICTIONS_NAME = "eval_predictions.jsonl"
+
+
+def evaluate(loaded: LoadedConfig) -> int:
+    """Measure, print the figures as MindFormers does, and write them to output_dir/eval_result.json; returns 0.
+
+    Raises UserError without load_checkpoint (random weights measure nothing) or without data, before MindSpore starts.
+    """
+    config = loaded.config
+    metrics = list(dict.fromkeys(metric.type for metric in config.metric))
+    if not config.load_checkpoint:
+        raise UserError(
+            f"{loaded.path}: load_checkpoint is not set, and random weights measure nothing: name a file, a "
+            "folder, a training's output_dir or a Hugging Face model's folder with --load_checkpoint"
+        )
+    loader = open_loader(config, config.eval_dataset, "eval") if "PerplexityMetric" in metrics else None
+    records = open_records(config.eval_dataset, "eval") if "EmF1Metric" in metrics else None
+    console.log_to(config.output_dir)
+    save_run_record(config.output_dir, sys.argv, loaded.as_yaml())
+
+    from llm_core.infer.load import load_for_inference
+
+    net, spec, tokenizer = load_for_inference(loaded, need_tokenizer=records is not None)
+    result: dict[str, Any] = {
+        "load_checkpoint": config.load_checkpoint,
+        "eval_dataset": config.eval_dataset.data_loader.dataset_dir,
+    }
+    if loader is not None:
+        result["PerplexityMetric"] = _perplexity(config, net, loader)
+    if records is not None:
+        result["EmF1Metric"] = _em_f1(config, net, spec, tokenizer, records)
+    path = Path(config.output_dir) / RESULT_NAME
+    _write_whole(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    console.info(f"written to {path}")
+    return 0
+
+
+def _perplexity(config: Any, net: Any, loader: Any) -> dict[str, Any]:
+    from llm_core.evals.perplexity import Perplexity
+
+    model = config.model.config
+    measured = Perplexity(net, pad_token_id=model.pad_token_id, ignore_token_id=model.ignore_token_id).measure(loader)
+    console.result(measured.mindformers_line())
+    console.result(measured.per_batch_line())
+    return {
+        "loss": measured.loss,
+        "PPL": measured.ppl,
+        "tokens": measured.tokens,
+        "per_batch": {"loss": measured.per_batch_loss, "PPL": measured.per_batch_ppl, "batches": measured.batches},
+    }
+
+
+def _em_f1(config: Any, net: Any, spec: Any, tokenizer: Any, records: Any) -> dict[str, Any]:
+    from llm_core.evals.answers import answer_questions, read_questions
+    from llm_core.infer.generate import Generator
+    from llm_core.infer.load import end_ids
+    from llm_core.infer.sampling import sampling_params
+
+    model = config.model.config
+    params = sampling_params(model)
+    if not params.greedy:
+        console.warn("do_sample is True, so EM and F1 are partly chance; --do_sample False measures the model alone")
+    num_samples = config.eval_dataset.data_loader.num_samples
+    questions = read_questions(records, tokenizer, model.pad_token_id, num_samples)
+    generator = Generator(net, spec, eos_ids=end_ids(model), pad_id=model.pad_token_id)
+    predictions = answer_questions(
+        generator, tokenizer, questions, params, seed=config.seed, batch_size=config.runner_config.batch_size
+    )
+    # Upstream's records carry the first answer only; the official score takes the best of all.
+    cmrc = squad.cmrc_scores(predictions, [question.golds[:1] for question in questions])
+    official = squad.squad_scores(predictions, [question.golds for question in questions])
+    console.result(f"F1 score: {cmrc.f1}, Em score: {cmrc.em}, total_count: {cmrc.total}")
+    console.result(f"SQuAD 1.1 (official): F1 {official.f1:.3f}, EM {official.em:.3f}, {official.total} questions")
+    _write_predictions(Path(config.output_dir) / PREDICTIONS_NAME, questions, predictions)
+    return {
+        "cmrc": {"F1": cmrc.f1, "Em": cmrc.em},
+        "squad": {"F1": official.f1, "EM": official.em},
+        "total_count": cmrc.total,
+    }
+
+
+def _write_predictions(path: Path, questions: Sequence[Any], predictions: Sequence[str]) -> None:
+    """One line a question, so that one can see what the scores are made of."""
+    lines = [
+        {"record": question.record, "id": question.id, "prediction": prediction, "answers": question.golds}
+        for question, prediction in zip(questions, predictions, strict=True)
+    ]
+    _write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EnvironmentFault(f"{path}: {error.strerror}; choose another --output_dir") from error

@@ -1,0 +1,161 @@
+"""run_mode eval from a YAML to eval_result.json, and the answers that EM/F1 are made of."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from llm_core.config import load_config
+from llm_core.data.records import RecordFile, RecordWriter
+from llm_core.errors import UserError
+from llm_core.evals.answers import answer_questions, read_questions
+from llm_core.evals.run import evaluate
+from llm_core.evals.squad import first_line
+from llm_core.infer.generate import Generator
+from llm_core.infer.sampling import SamplingParams
+from llm_core.models.decoder import CausalLM
+from llm_core.models.spec import spec_from_config
+from llm_core.text import load_tokenizer
+
+LENGTH = 24
+RUN = """
+seed: 7
+run_mode: eval
+runner_config: {batch_size: 3}
+context: {device_target: CPU}
+model:
+  arch: {type: LlamaForCausalLM}
+  model_config:
+    {type: LlamaConfig, vocab_size: 512, hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 24,
+     seq_length: 24, max_position_embedding: 64, do_sample: False, max_new_tokens: 6, initializer_range: 1.0,
+     compute_dtype: float32, param_init_type: float32}
+eval_dataset:
+  data_loader: {dataset_dir: ''}
+  input_columns: ['input_ids']
+"""
+TEXTS = ["What is a module?", "Who calls a function, and when?", "Name the exception that open raises."]
+GOLDS = [["a file"], ["the interpreter", "Python, at run time"], ["OSError", "FileNotFoundError", "an OSError"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, spm_model) -> Path:
+    """run.yaml, model.safetensors, text.mindrecord, questions.mindrecord."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "run.yaml").write_text(RUN)
+    config = load_config(folder / "run.yaml").config
+    net = CausalLM(spec_from_config(config.model), seed=1)
+    save_file({name: p.asnumpy() for name, p in net.parameters_dict().items()}, folder / "model.safetensors")
+    ids = np.random.default_rng(0).integers(3, 512, (7, LENGTH)).astype(np.int32)
+    with RecordWriter(folder / "text.mindrecord", columns={"input_ids": LENGTH}) as writer:
+        writer.write_rows({"input_ids": ids})
+    write_questions(folder / "questions.mindrecord", spm_model)
+    return folder
+
+
+def write_questions(path: Path, spm_model: Path) -> None:
+    tokenizer = load_tokenizer(spm_model)
+    prompts = [tokenizer.encode(text[:14], bos=True) for text in TEXTS]
+    answers = [tokenizer.encode(golds[0]) for golds in GOLDS]
+    with RecordWriter(path, columns={"input_ids": LENGTH, "labels": LENGTH}) as writer:
+        writer.write_rows({"input_ids": padded(prompts), "labels": padded(answers)})
+
+
+def padded(rows: list[list[int]]) -> np.ndarray:
+    array = np.zeros((len(rows), LENGTH), np.int32)
+    for row, ids in zip(array, rows, strict=True):
+        row[: len(ids)] = ids
+    return array
+
+
+def load(folder: Path, output: Path, **overrides: str):
+    given = {"load_checkpoint": str(folder / "model.safetensors"), "output_dir": str(output)} | overrides
+    return load_config(folder / "run.yaml", list(given.items()))
+
+
+def test_perplexity_run(folder, tmp_path, capsys):
+    data = str(folder / "text.mindrecord")
+    assert evaluate(load(folder, tmp_path, **{"eval_dataset.data_loader.dataset_dir": data})) == 0
+    result = json.loads((tmp_path / "eval_result.json").read_text())
+    figures = result["PerplexityMetric"]
+    assert figures["tokens"] == 7 * (LENGTH - 1) and figures["per_batch"]["batches"] == 3
+    assert figures["PPL"] == pytest.approx(np.exp(figures["loss"]))
+    line = {"PerplexityMetric": {"loss": figures["loss"], "PPL": figures["PPL"]}}
+    assert f"PerplexityMetric = {line}" in capsys.readouterr().out.splitlines()
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert "PerplexityMetric = " in (tmp_path / "log/rank_0/info.log").read_text()
+
+
+def test_both_metrics_in_one_run(folder, tmp_path, capsys, spm_model):
+    assert evaluate(load(folder, tmp_path, **{
+        "eval_dataset.data_loader.dataset_dir": str(folder / "questions.mindrecord"),
+        "metric": "[{type: PerplexityMetric}, {type: EmF1Metric}]",
+        "processor.tokenizer.vocab_file": str(spm_model),
+    })) == 0
+    result = json.loads((tmp_path / "eval_result.json").read_text())
+    assert result["PerplexityMetric"]["loss"] > 0 and result["EmF1Metric"]["total_count"] == 3
+    cmrc = result["EmF1Metric"]["cmrc"]
+    assert f"F1 score: {cmrc['F1']}, Em score: {cmrc['Em']}, total_count: 3" in capsys.readouterr().out.splitlines()
+    predictions = [json.loads(line) for line in (tmp_path / "eval_predictions.jsonl").read_text().splitlines()]
+    assert [line["answers"] for line in predictions] == [golds[:1] for golds in GOLDS]
+
+
+def test_without_a_checkpoint(folder, tmp_path):
+    with pytest.raises(UserError, match="load_checkpoint is not set.*--load_checkpoint"):
+        evaluate(load(folder, tmp_path, load_checkpoint=""))
+
+
+def test_without_data(folder, tmp_path):
+    with pytest.raises(UserError, match="--eval_dataset_dir"):
+        evaluate(load(folder, tmp_path))
+
+
+def test_questions_come_with_all_right_answers(folder, tmp_path, spm_model):
+    path, tokenizer = tmp_path / "q.mindrecord", load_tokenizer(spm_model)
+    write_questions(path, spm_model)
+    alone = read_questions(RecordFile(path), tokenizer, pad_token_id=0)
+    assert [question.golds for question in alone] == [golds[:1] for golds in GOLDS]  # from column labels
+    assert alone[0].prompt_ids == tokenizer.encode(TEXTS[0][:14], bos=True)
+
+    side = tmp_path / "q.mindrecord.golds.jsonl"
+    rows = [{"record": n, "id": f"q{n}", "answers": golds} for n, golds in enumerate(GOLDS)]
+    side.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read_questions(RecordFile(path), tokenizer, pad_token_id=0)
+    assert [(question.id, question.golds) for question in questions] == [(f"q{n}", g) for n, g in enumerate(GOLDS)]
+    assert len(read_questions(RecordFile(path), tokenizer, pad_token_id=0, num_samples=2)) == 2
+
+    side.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="golds.jsonl: not the right answers of the 3 records"):
+        read_questions(RecordFile(path), tokenizer, pad_token_id=0)
+
+
+def test_records_without_answers(folder, spm_model):
+    with pytest.raises(UserError, match="no column labels.*squad_data_process"):
+        read_questions(RecordFile(folder / "text.mindrecord"), load_tokenizer(spm_model), pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def generator(folder):
+    spec = spec_from_config(load_config(folder / "run.yaml").config.model)
+    return Generator(CausalLM(spec, seed=1), spec, eos_ids=[2], pad_id=0)
+
+
+def test_answers_are_first_lines_whatever_the_batch(folder, generator, spm_model):
+    tokenizer = load_tokenizer(spm_model)
+    questions = read_questions(RecordFile(folder / "questions.mindrecord"), tokenizer, pad_token_id=0)
+    params = SamplingParams(max_new_tokens=6)
+    alone = answer_questions(generator, tokenizer, questions, params, seed=0, batch_size=1)
+    together = answer_questions(generator, tokenizer, questions, params, seed=0, batch_size=2)
+    assert alone == together
+    for question, answer in zip(questions, alone, strict=True):
+        (generation,) = generator.generate([question.prompt_ids], params)
+        whole = tokenizer.decode([*question.prompt_ids, *(t for t in generation.token_ids if t != 2)])
+        assert answer == first_line(whole[len(tokenizer.decode(question.prompt_ids)):])
+
+
+def test_a_prompt_without_room_names_its_record(folder, generator, spm_model):
+    tokenizer = load_tokenizer(spm_model)
+    questions = read_questions(RecordFile(folder / "questions.mindrecord"), tokenizer, pad_token_id=0)
+    with pytest.raises(UserError, match="record 0: .*max_new_tokens 60"):
+        answer_questions(generator, tokenizer, questions, SamplingParams(max_new_tokens=60), seed=0, batch_size=2)
