@@ -1,0 +1,212 @@
+"""The `model` and `processor` sections: what is trained, how it generates, how text becomes ids."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from llm_core.config.section import Section, key
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class LoraConfig(Section):
+    """LoRA: low-rank updates beside frozen weights."""
+
+    pet_type: Literal["lora"]
+    lora_rank: int = key(8, "Rank of the update.", ge=1)
+    lora_alpha: float = key(16, "The update is scaled by lora_alpha / lora_rank.", gt=0)
+    lora_dropout: float = key(0.01, "Dropout on the update's input.", ge=0, lt=1)
+    lora_a_init: str = key("normal", "Initial values of the first factor.")
+    lora_b_init: str = key("zero", "Initial values of the second factor.")
+    target_modules: str = key(".*wq|.*wk|.*wv|.*wo", "Regular expression on the leaf name of a linear layer.")
+    exclude_layers: str | None = key(None, "Regular expression of layers to leave alone.")
+    freeze_include: list[str] = key([], "Name patterns to freeze besides the base weights.")
+    freeze_exclude: list[str] = key([], "Name patterns to keep trainable.")
+    param_init_type: Dtype | None = key(None, "Type of the factors; null = as the layer.")
+    compute_dtype: Dtype | None = key(None, "Type of the products; null = as the layer.")
+
+
+class PrefixTuningConfig(Section):
+    """Prefix tuning: trained keys and values before every layer's own."""
+
+    pet_type: Literal["prefixtuning"]
+    prefix_token_num: int = key(128, "Number of trained positions.", ge=1)
+    mid_dim: int = key(512, "Width of the projection.", ge=1)
+    dropout_rate: float = key(0.1, "Dropout on the prefix.", ge=0, lt=1)
+
+
+class PTuning2Config(Section):
+    """P-tuning v2."""
+
+    pet_type: Literal["ptuning2"]
+    pre_seq_len: int = key(128, "Number of trained positions.", ge=1)
+    prefix_projection: bool = key(False, "Project the prefix through an MLP.")
+    projection_dim: int = key(128, "Width of that projection.", ge=1)
+    dropout_prob: float = key(0.01, "Dropout on the prefix.", ge=0, lt=1)
+
+
+PetConfig = Annotated[LoraConfig | PrefixTuningConfig | PTuning2Config, Field(discriminator="pet_type")]
+
+
+class DecoderConfig(Section):
+    """What the configs of all families share: sizes, types, special ids, generation."""
+
+    seq_length: int = key(2048, "Tokens a training record feeds; the longest context in prediction.", ge=1)
+    hidden_size: int = key(4096, "Width of the residual stream.", ge=1)
+    num_layers: int = key(32, "Number of decoder layers.", ge=1)
+    num_heads: int = key(32, "Number of query heads.", ge=1)
+    head_dim: int | None = key(None, "Width of a head; null = hidden_size / num_heads. (Ours.)", ge=1)
+    vocab_size: int = key(32000, "Rows of the embedding table.", ge=1)
+    max_position_embedding: int | None = key(
+        None, "Longest context the base model was trained with; null = seq_length. RoPE scaling starts from it.", ge=1
+    )
+    initializer_range: float = key(0.02, "Standard deviation of the initial weights. (Ours.)", gt=0)
+    hidden_dropout_rate: float = key(0.0, "Dropout after the embedding and on each branch. (Ours.)", ge=0, lt=1)
+    attention_dropout_rate: float = key(0.0, "Dropout on attention probabilities. (Ours.)", ge=0, lt=1)
+    theta: float = key(10000.0, "Base of the rotary embedding.", gt=0)
+    extend_method: Literal["None", "PI", "NTK", "DYNAMIC_NTK", "YARN", "LLAMA3"] = key(
+        "None", "Scaling of the rotary embedding. (DYNAMIC_NTK is ours.)"
+    )
+    scaling_factor: float | dict[str, float | int | bool | None] = key(
+        1.0, "Factor of extend_method, or a mapping with its parameters (factor, original_max_position_embeddings ...)."
+    )
+    bos_token_id: int = key(1, "Id of the text's beginning.", ge=0)
+    eos_token_id: int | list[int] = key(2, "Id, or ids, that end a text.")
+    pad_token_id: int = key(0, "Id that carries no loss; -1 = nothing is padding.", ge=-1)
+    ignore_token_id: int = key(-100, "Label that carries no loss.")
+    compute_dtype: Dtype = key("float16", "Type of the matrix products.")
+    layernorm_compute_type: Dtype = key("float32", "Type of the norms.")
+    softmax_compute_type: Dtype = key("float32", "Type of the softmax.")
+    rotary_dtype: Dtype = key("float32", "Type of the rotary tables.")
+    param_init_type: Dtype = key("float16", "Type of the parameters.")
+    embedding_init_type: Dtype | None = key(None, "Type of the embedding table; null = param_init_type.")
+    tie_word_embeddings: bool = key(False, "The head is the embedding table.")
+    use_flash_attention: bool = key(False, "Attention without the full score matrix.")
+    pet_config: PetConfig | None = key(None, "Parameter-efficient tuning: lora, prefixtuning or ptuning2.")
+
+    do_sample: bool = key(True, "Sample; False = the likeliest token.")
+    top_k: int = key(5, "Sample among the k likeliest tokens; 0 = all.", ge=0)
+    top_p: float = key(1.0, "Sample among the likeliest tokens of this total probability.", gt=0, le=1)
+    temperature: float = key(1.0, "Divides the logits before sampling.", ge=0)
+    repetition_penalty: float = key(1.0, "Above 1 makes seen tokens less likely.", gt=0)
+    max_decode_length: int = key(1024, "Longest text, prompt included, when neither max_length nor max_new_tokens is given.", ge=1)
+    max_length: int | None = key(None, "Longest text, prompt included.", ge=1)
+    max_new_tokens: int | None = key(None, "Longest answer; wins over max_length.", ge=1)
+    min_length: int = key(0, "Shortest text, prompt included.", ge=0)
+    min_new_tokens: int | None = key(None, "Shortest answer; wins over min_length.", ge=0)
+    num_return_sequences: int = key(1, "Answers to each prompt. (Ours.)", ge=1)
+    num_beams: Literal[1] = key(1, "Beams; there is no beam search yet.")
+    stop_strings: list[str] = key([], "Texts that end an answer. (Ours.)")
+
+
+class LlamaConfig(DecoderConfig):
+    """Llama and Llama 2: RMSNorm, SwiGLU, rotary positions, multi-head or grouped-query attention."""
+
+    type: Literal["LlamaConfig"] = key(..., "The family.")
+    n_kv_heads: int | None = key(None, "Number of key and value heads; null = num_heads.", ge=1)
+    intermediate_size: int | None = key(
+        None, "Width of the feed-forward; null = 8/3 hidden_size, times ffn_dim_multiplier, rounded up to multiple_of.", ge=1
+    )
+    multiple_of: int = key(256, "Rounds the feed-forward's width up.", ge=1)
+    ffn_dim_multiplier: float | None = key(None, "Widens the feed-forward (1.3 for Llama 2 70B).", gt=0)
+    rms_norm_eps: float = key(1e-5, "Added to the mean square.", gt=0)
+    qkv_has_bias: bool = key(False, "Biases on the query, key and value projections.")
+    has_bias: bool = key(False, "Biases on all four projections of the attention (HF's attention_bias).")
+    qkv_concat: bool = key(False, "One matrix for query, key and value, and one for gate and up.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> LlamaConfig:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}; change one of them, "
+                "or give head_dim"
+            )
+        width = self.head_dim or self.hidden_size // self.num_heads
+        if width % 2:
+            raise ValueError(f"a head is {width} wide, but rotary positions need an even width")
+        if self.n_kv_heads and self.num_heads % self.n_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        return self
+
+
+class InternLMConfig(LlamaConfig):
+    """InternLM: Llama with biases in the attention."""
+
+    type: Literal["InternLMConfig"] = key(..., "The family.")
+    vocab_size: int = key(103168, "Rows of the embedding table.", ge=1)
+    rms_norm_eps: float = key(1e-6, "Added to the mean square.", gt=0)
+    has_bias: bool = key(True, "Biases on all four projections of the attention.")
+    pad_token_id: int = key(2, "Id that carries no loss; -1 = nothing is padding.", ge=-1)
+    rotary_dtype: Dtype = key("float16", "Type of the rotary tables.")
+    max_decode_length: int = key(512, "Longest text, prompt included, when neither max_length nor max_new_tokens is given.", ge=1)
+
+
+class FalconConfig(DecoderConfig):
+    """Falcon: LayerNorm, GELU, ALiBi or rotary positions, sequential or parallel layers. (Ours: upstream has no Falcon.)"""
+
+    type: Literal["FalconConfig"] = key(..., "The family.")
+    vocab_size: int = key(65024, "Rows of the embedding table.", ge=1)
+    hidden_size: int = key(4544, "Width of the residual stream.", ge=1)
+    num_heads: int = key(71, "Number of query heads.", ge=1)
+    num_kv_heads: int | None = key(None, "Key and value heads of the new decoder; null = num_heads.", ge=1)
+    ffn_hidden_size: int | None = key(None, "Width of the feed-forward; null = 4 hidden_size.", ge=1)
+    layer_norm_epsilon: float = key(1e-5, "Added to the variance.", gt=0)
+    alibi: bool = key(False, "Positions as a bias that falls with distance; False = rotary.")
+    parallel_attn: bool = key(True, "Attention and feed-forward read the same input.")
+    multi_query: bool = key(True, "One key and value head (old decoder).")
+    new_decoder_architecture: bool = key(False, "Falcon 40B's layer: grouped heads, two norms.")
+    bias: bool = key(False, "Biases on all linear layers.")
+    bos_token_id: int = key(11, "Id of the text's beginning.", ge=0)
+    eos_token_id: int | list[int] = key(11, "Id, or ids, that end a text.")
+    tie_word_embeddings: bool = key(True, "The head is the embedding table.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> FalconConfig:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class ArchSection(Section):
+    """Which network is built."""
+
+    type: Literal["LlamaForCausalLM", "InternLMForCausalLM", "FalconForCausalLM"] = key(..., "The network.")
+
+
+class ModelSection(Section):
+    """The network and its configuration. (`model_config` of the YAML is `config` in Python: pydantic keeps that name.)"""
+
+    arch: ArchSection
+    config: Annotated[LlamaConfig | InternLMConfig | FalconConfig, Field(discriminator="type")] = Field(
+        alias="model_config", description="Sizes, types and generation; the family is told by `type`."
+    )
+
+    @model_validator(mode="after")
+    def _arch_fits(self) -> ModelSection:
+        if self.arch.type.removesuffix("ForCausalLM") != self.config.type.removesuffix("Config"):
+            raise ValueError(f"arch.type {self.arch.type} does not go with model_config.type {self.config.type}")
+        return self
+
+
+class TokenizerSection(Section):
+    """The tokenizer of prediction and evaluation."""
+
+    type: Literal[
+        "LlamaTokenizer", "LlamaTokenizerFast", "InternLMTokenizer", "FalconTokenizer", "PreTrainedTokenizerFast"
+    ] = key("LlamaTokenizer", "Kept for MindFormers' files; the file decides.")
+    vocab_file: str | None = key(None, "tokenizer.model or tokenizer.json, or a folder that holds one.")
+    add_bos_token: bool = key(True, "Begin a text with its bos id.")
+    add_eos_token: bool = key(False, "End a text with its eos id.")
+
+
+class ProcessorSection(Section):
+    """How a prompt becomes ids."""
+
+    type: Literal["LlamaProcessor", "InternLMProcessor", "FalconProcessor"] = key(
+        "LlamaProcessor", "Kept for MindFormers' files."
+    )
+    tokenizer: TokenizerSection = key(TokenizerSection.model_construct(), "The tokenizer.")

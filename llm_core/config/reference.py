@@ -1,0 +1,114 @@
+"""The schema for editors (JSON Schema) and for people (a list of keys); both made from the same descriptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llm_core.config import keys
+from llm_core.config.inert import INERT
+from llm_core.config.schema import RunConfig
+from llm_core.errors import EnvironmentFault, UserError
+
+
+def json_schema() -> str:
+    """JSON Schema of a run file. Keys without a meaning are allowed and marked deprecated, with the reason.
+
+    A run file shows only what differs from its layers, so nothing is required here; the loader checks the merged whole.
+    """
+    schema = RunConfig.model_json_schema(by_alias=True)
+    schema["title"] = "A run of run_llm"
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["base_config"] = {
+        "description": "The layers under this file, lowest first; paths are relative to it.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    for path, entry in INERT.items():
+        _allow_inert(schema, path, {"description": f"No meaning here: {entry.reason}.", "deprecated": True})
+    for part in [schema, *schema["$defs"].values()]:
+        part["required"] = [name for name in part.get("required", []) if name in keys.TAGS and "callback" in name]
+        if not part["required"]:
+            del part["required"]
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def _allow_inert(schema: dict[str, Any], path: str, entry: dict[str, Any]) -> None:
+    """Add one key of the inert table to every section it may stand in."""
+    parents = [schema]
+    *parts, leaf = re.findall(r"[^.\[\]]+|\[[^\]]+\]", path)
+    if leaf.startswith("["):
+        return  # a whole item of a list: added by type below
+    for part in parts:
+        wanted = part.strip("[]") if part.startswith("[") else None
+        found = []
+        for parent in parents:
+            target = parent if wanted else parent.get("properties", {}).setdefault(part, {"type": "object"})
+            found += [each for each in _resolve(schema, target) if wanted is None or _has_type(each, wanted)]
+        parents = found
+    for parent in parents:
+        if leaf == "*":
+            parent["additionalProperties"] = True
+        else:
+            parent.setdefault("properties", {}).setdefault(leaf, entry)
+
+
+def _resolve(schema: dict[str, Any], part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections a property may be, through references, unions and lists."""
+    if "$ref" in part:
+        return [schema["$defs"][part["$ref"].rpartition("/")[2]]]
+    inner = [*part.get("anyOf", []), *part.get("oneOf", []), *([part["items"]] if "items" in part else [])]
+    if inner:
+        return [each for option in inner for each in _resolve(schema, option)]
+    return [part] if part.get("type") == "object" else []
+
+
+def _has_type(section: dict[str, Any], name: str) -> bool:
+    tag = section.get("properties", {}).get("type", {})
+    return name in tag.get("enum", [tag.get("const")])
+
+
+def key_list(pattern: str = "") -> str:
+    """Every key that matches, with its type, default and meaning, a line each."""
+    try:
+        wanted = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise UserError(f"-p {pattern}: no regular expression ({error})") from None
+    lines = []
+    for path, info in keys.all_keys():
+        if wanted.search(path):
+            default = "required" if info.is_required() else _shown(info.get_default(call_default_factory=True))
+            lines.append(f"{path}  [{default}]  {info.description or ''}".rstrip())
+    for path, entry in INERT.items():
+        if wanted.search(path):
+            lines.append(f"{path}  [no meaning here]  {entry.reason}")
+    if not lines:
+        raise UserError(f"-p {pattern}: no key matches")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, keys.Section):
+        return "section"
+    return "null" if value is None else repr(value)
+
+
+def write(name: str, text: str) -> None:
+    """Write a whole file or none. Raises EnvironmentFault when the place cannot be written."""
+    path = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: {error.strerror}") from None
