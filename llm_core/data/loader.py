@@ -33,6 +33,8 @@ class Loader:
     that take no part in the loss (input_ids 0, labels -100, record_ids -1), so that shapes are static.
     kind "train": records hold seq_length + 1 tokens; "eval": seq_length tokens (one fewer target) as well.
 
+    records, num_records, batch_size (records a rank), steps_per_epoch: what came of it.
+
     UserError, when made: a missing column, another length, no batch at all; when read: an id outside
     0 .. vocab_size - 1 (labels: -100 as well), damaged data. Each names the file and both numbers.
     """
@@ -53,7 +55,7 @@ class Loader:
         vocab_size: int,
         kind: str = "train",
     ):
-        self._records = records
+        self.records = records
         self._columns = _usable_columns(records, columns)
         _check_widths(records, self._columns, seq_length, kind)
         self.batch_size = batch_size
@@ -91,17 +93,15 @@ class Loader:
     def _batch(self, order: np.ndarray, index: int) -> Batch:
         """Batch `index` of an epoch with this order: this rank's share of the global batch."""
         first = index * self._global_batch + self._rank * self.batch_size
-        numbers = order[first : min(first + self.batch_size, (index + 1) * self._global_batch)]
-        rows = self._records.read(numbers)
-        self._check_ids(rows, numbers)
-        filled = {name: self._fill(rows[name], IGNORED if name == "labels" else 0) for name in self._columns}
-        record_ids = np.full(self.batch_size, -1, np.int64)
-        record_ids[: len(numbers)] = numbers
-        return Batch(filled["input_ids"], filled.get("labels"), record_ids)
+        batch = self.read(order[first : min(first + self.batch_size, (index + 1) * self._global_batch)])
+        missing = self.batch_size - len(batch.record_ids)
+        return _filled_up(batch, missing) if missing else batch
 
-    def _fill(self, rows: np.ndarray, value: int) -> np.ndarray:
-        missing = self.batch_size - len(rows)
-        return rows if not missing else np.pad(rows, ((0, missing), (0, 0)), constant_values=value)
+    def read(self, numbers: np.ndarray) -> Batch:
+        """These records (int64 [n]), in this order, their ids checked as in every batch."""
+        rows = self.records.read(numbers)
+        self._check_ids(rows, numbers)
+        return Batch(rows["input_ids"], rows["labels"] if "labels" in self._columns else None, numbers)
 
     def _check_ids(self, rows: dict[str, np.ndarray], numbers: np.ndarray) -> None:
         for name in self._columns:
@@ -112,11 +112,19 @@ class Loader:
             if bad.any():
                 row, column = np.argwhere(bad)[0]
                 raise UserError(
-                    f"{self._records.describe(int(numbers[row]))}: {name}[{column}] is "
+                    f"{self.records.describe(int(numbers[row]))}: {name}[{column}] is "
                     f"{rows[name][row, column]}, outside the model's vocabulary 0 .. {self._vocab_size - 1}. "
                     "Were the records written with another tokenizer? Write them again, or set "
                     "model_config.vocab_size to the tokenizer's."
                 )
+
+
+def _filled_up(batch: Batch, missing: int) -> Batch:
+    """The batch with `missing` more rows, which take no part in the loss."""
+    below = ((0, missing), (0, 0))
+    labels = None if batch.labels is None else np.pad(batch.labels, below, constant_values=IGNORED)
+    record_ids = np.pad(batch.record_ids, (0, missing), constant_values=-1)
+    return Batch(np.pad(batch.input_ids, below), labels, record_ids)
 
 
 def _usable_columns(records: RecordFile, columns: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     {"format": "run_llm-records/1", "records": n, "columns": {name: width},
      "files": {name: {"bytes": n, "sha256": hex}},
-     "tokenizer": {"path": file, "fingerprint": its sha256}, ... and what else the preprocessing knows}
+     "tokenizer": {"path": file, "sha256": hex}, ... and what else the preprocessing knows}
 
 While files are being replaced it says `"incomplete": true` instead.
 """

@@ -72,7 +72,7 @@ def _tokenizer(records: RecordFile, given: str | None) -> Tokenizer:
             f"{facts['path']}: the tokenizer of {records.path} is no longer there. Give --tokenizer PATH."
         )
     tokenizer = load_tokenizer(given if given is not None else facts["path"])
-    if facts is not None and facts["fingerprint"] != tokenizer.fingerprint:
+    if facts is not None and facts["sha256"] != tokenizer.fingerprint:
         console.warn(
             f"{records.path}: made with another tokenizer than {tokenizer.path} (its sha256 differs): the text "
             "below may be wrong"

@@ -73,8 +73,9 @@ class Tokenizer(ABC):
         return self._frame(self.encode_batch([text])[0], bos, eos)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of `text` under the policy given at loading: bos in front unless add_bos=False."""
-        return self.encode(text, bos=self.add_bos, eos=self.add_eos)
+        """Ids of `text` under the policy given at loading: `start_ids` in front unless add_bos=False."""
+        ids = self.encode_batch([text])[0]
+        return (self.start_ids if self.add_bos else []) + ids + (self.end_ids if self.add_eos else [])
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_batch`, each an int32 array."""
@@ -88,6 +89,16 @@ class Tokenizer(ABC):
         row: ids int32 [tokens], tokens of each part int64 [parts] (they add up to all).
         """
         return [self._parts_by_offsets(parts) for parts in rows]
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What a document begins with: [bos_id], or [] where there is none or it is the eos (GPT-2, Falcon)."""
+        return [self.bos_id] if self.bos_id >= 0 and self.bos_id != self.eos_id else []
+
+    @property
+    def end_ids(self) -> list[int]:
+        """What a document ends with: [eos_id], or [] where there is none."""
+        return [self.eos_id] if self.eos_id >= 0 else []
 
     @property
     def pad_or_substitute_id(self) -> int:

@@ -1,0 +1,75 @@
+"""Conversations (ShareGPT form) -> rows of input_ids and labels through a fastchat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_core.data.chunks import Chunk, Encoded
+from llm_core.data.conversations import rounds_of
+from llm_core.data.inputs import read_json_rows
+from llm_core.data.segments import encode_samples, to_rows
+from llm_core.text import Tokenizer
+from llm_core.text.templates import conversation_template, render_rounds
+
+_ROWS_PER_CHUNK = 250
+
+
+@dataclass(frozen=True)
+class EncodeQa:
+    """Chunk -> rows [rows, seq_length + 1]. Counts: those of `to_rows`, samples, and dropped_turns."""
+
+    seq_length: int
+    template: str = "vicuna_v1.1"
+
+    def __call__(self, tokenizer: Tokenizer, payload: tuple[str, int, list[Any]]) -> Encoded:
+        path, first, rows = payload
+        conversation = conversation_template(self.template)
+        samples, dropped_turns = [], 0
+        for number, row in enumerate(rows, first):
+            rounds, left_out = rounds_of(row, f"{path}: row {number}")
+            samples.append(render_rounds(conversation, rounds))
+            dropped_turns += left_out
+        arrays, counts = to_rows(
+            encode_samples(tokenizer, samples), self.seq_length + 1, tokenizer.pad_or_substitute_id
+        )
+        return Encoded(arrays, {"samples": len(samples), "dropped_turns": dropped_turns, **counts})
+
+
+class Conversations:
+    """JSON files of conversations -> records {"input_ids", "labels": seq_length + 1}."""
+
+    kind = "qa"
+    unit = "samples"
+
+    def __init__(self, inputs: Sequence[Path], seq_length: int) -> None:
+        self.inputs = inputs
+        self.encoder = EncodeQa(seq_length)
+        self.arguments = {"seq_length": seq_length, "template": self.encoder.template}
+        self.columns = {"input_ids": seq_length + 1, "labels": seq_length + 1}
+
+    def chunks(self) -> list[Chunk]:
+        """See DataSet. Some hundred rows; the payload is (path, number of the first row, rows)."""
+        chunks = []
+        for path in self.inputs:
+            rows = read_json_rows(path)
+            for first in range(0, len(rows), _ROWS_PER_CHUNK):
+                part = rows[first : first + _ROWS_PER_CHUNK]
+                chunks.append(Chunk((str(path), first, part), len(part)))
+        return chunks
+
+    def rows(self, number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See DataSet."""
+        return arrays
+
+    def counts(self, encoded: dict[str, int], records: int) -> dict[str, int]:
+        """See DataSet."""
+        return encoded
+
+    def side_files(self) -> dict[str, bytes]:
+        """See DataSet."""
+        return {}
