@@ -55,6 +55,8 @@ BY_TORCH_STORAGE = {dtype.torch_storage: dtype for dtype in _TABLE}
 # the short names of the --dtype flags
 FLAG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
+_FLOAT16_OVERFLOW = 65520.0  # from here on float16 rounds to infinity
+
 
 @dataclass(frozen=True)
 class Head:
@@ -120,13 +122,13 @@ def encode(array: np.ndarray, dtype: DType) -> np.ndarray:
         return np.ascontiguousarray(array, dtype=dtype.stored).reshape(-1)
 
 
-def cast_like_file(name: str, array: np.ndarray, dtype: DType) -> np.ndarray:
-    """`array` with its values rounded to `dtype`; finite values that `dtype` cannot hold are refused by name."""
-    words = encode(array, dtype)
-    result = decode(words, dtype, array.shape)
-    if dtype.name == "float16" and not np.isfinite(result).all() and np.isfinite(array).all():
+def check_fits(name: str, array: np.ndarray, dtype: DType) -> None:
+    """Raise UserError, naming the tensor, when `dtype` is float16 and cannot hold its finite values."""
+    if dtype.name != "float16" or array.dtype == np.float16 or not array.size:
+        return
+    finite = array[np.isfinite(array)]
+    largest = float(np.abs(finite).max()) if finite.size else 0.0
+    if largest >= _FLOAT16_OVERFLOW:
         raise UserError(
-            f"{name}: its largest value, {np.abs(array).max():.6g}, is beyond float16 (65504); "
-            "convert to bf16 or fp32 instead"
+            f"{name}: its largest value, {largest:.6g}, is beyond float16's 65504; convert to bf16 or fp32 instead"
         )
-    return result

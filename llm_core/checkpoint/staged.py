@@ -31,6 +31,12 @@ def _full_disk(path: Path, needed: int) -> EnvironmentFault:
     )
 
 
+def check_room(target: Path, needed: int) -> None:
+    """Raise EnvironmentFault, naming `target`, when its folder's file system has fewer than `needed` bytes free."""
+    if shutil.disk_usage(target.parent).free < needed:
+        raise _full_disk(target, needed)
+
+
 @contextmanager
 def environment_faults(path: Path, needed: int = 0) -> Iterator[None]:
     """Turn what the operating system refuses while `path` is written into an EnvironmentFault that names it."""
@@ -80,8 +86,7 @@ class StagedFile:
         self._side_thread = ThreadPoolExecutor(max_workers=1)
         make_folder(target.parent)
         self.path = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-        if shutil.disk_usage(target.parent).free < needed:
-            raise _full_disk(target, needed)
+        check_room(target, needed)
         with environment_faults(target, needed):
             self._file = open(self.path, "wb", buffering=0)
 
