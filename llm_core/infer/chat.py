@@ -1,0 +1,167 @@
+"""`run-llm chat`: a conversation in the terminal, or with lines from a pipe."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from llm_core.config import LoadedConfig
+from llm_core.errors import UserError
+from llm_core.infer.ctrl_c import CtrlC
+from llm_core.infer.history import History
+from llm_core.infer.load import load_completer
+from llm_core.infer.sampling import SamplingParams, sampling_params
+from llm_core.report.console import console, is_terminal, paint
+
+HELP = """/reset              forget the conversation
+/set                show the generation settings
+/set NAME VALUE     change one, e.g. /set temperature 0.7
+/template NAME      write the conversation by another fastchat template; none = plain continuation of your text
+/help, /quit        this text; leave (Ctrl-D leaves as well, Ctrl-C stops an answer)"""
+
+
+def chat(loaded: LoadedConfig) -> int:
+    """Talk with the model of `loaded` until /quit or the end of the input; returns the exit code.
+
+    The conversation is written by the template processor.chat_template. Answers go to stdout, all else to stderr.
+    """
+    config = loaded.config
+    params = sampling_params(config.model.config)
+    if params.num_return_sequences > 1:
+        count = params.num_return_sequences
+        raise UserError(f"num_return_sequences {count}: a chat has one answer to a message; set it to 1")
+    history = History(config.processor.chat_template)
+    completer = load_completer(loaded)
+    Chat(completer, params, history, config.seed).run()
+    return 0
+
+
+class Chat:
+    """The state of a conversation, and the loop over what the user types."""
+
+    def __init__(self, completer, params: SamplingParams, history: History, seed: int) -> None:
+        self.completer = completer
+        self.params = params
+        self.history = history
+        self.seed = seed
+
+    def run(self) -> None:
+        """Read lines until there are no more."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # MindSpore may have put its own
+        read = line_reader()
+        console.info(f"template {self.history.template}; /help lists the commands")
+        while (line := read()) is not None:
+            line = line.strip()
+            try:
+                if line.startswith("/"):
+                    if line in ("/quit", "/exit"):
+                        return
+                    self.command(line)
+                elif line:
+                    self.answer(line)
+            except UserError as error:
+                console.error(str(error))
+
+    def command(self, line: str) -> None:
+        """Obey a line that begins with a slash (/quit excepted)."""
+        word, _, rest = line.partition(" ")
+        if word == "/help":
+            console.info(HELP)
+        elif word == "/reset":
+            self.history.rounds.clear()
+            console.info("the conversation begins anew")
+        elif word == "/template":
+            self.history = History(rest.strip(), self.history.rounds)
+            console.info(f"template {self.history.template}")
+        elif word == "/set":
+            self.params = changed_params(self.params, rest)
+            console.info(", ".join(f"{field.name} {getattr(self.params, field.name)}" for field in fields(self.params)))
+        else:
+            raise UserError(f"{word}: no such command; /help lists them")
+
+    def answer(self, message: str) -> None:
+        """Stream the answer to `message` to stdout and remember both."""
+        spec, tokenizer = self.completer.generator.spec, self.completer.tokenizer
+        wanted = self.params.max_new_tokens or 256
+        ids, dropped = self.history.fit(message, tokenizer, spec.max_position, min(wanted, spec.max_position // 2))
+        if dropped:
+            console.info(
+                f"(the context, {spec.max_position} tokens, is full: the {dropped} oldest rounds are forgotten)"
+            )
+        params = replace(
+            self.params,
+            max_length=None,
+            max_new_tokens=self.params.max_new_tokens and min(self.params.max_new_tokens, spec.max_position - len(ids)),
+            stop_strings=(*self.params.stop_strings, *self.history.stop_strings()),
+        )
+        with CtrlC() as interrupted:
+            [[completion]] = self.completer.complete_ids(
+                [message], [ids], params, seed=self.seed, on_text=_writer(), interrupted=interrupted
+            )
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if interrupted.pressed:
+            console.info("(stopped)")
+        self.history.add(message, completion.text)
+        self.seed += 1
+
+
+def changed_params(params: SamplingParams, text: str) -> SamplingParams:
+    """`params` with the change that "NAME VALUE" asks for; unchanged for "". UserError for a wrong name or value."""
+    name, _, value = text.strip().partition(" ")
+    if not name:
+        return params
+    fixed = ("stop_strings", "num_return_sequences", "max_length")
+    known = [field.name for field in fields(params) if field.name not in fixed]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(f"/set {name}: {f'did you mean {near[0]}?' if near else 'one of ' + ', '.join(known)}")
+    return replace(params, **{name: _parsed(name, value.strip(), type(getattr(SamplingParams, name)))})
+
+
+def _parsed(name: str, value: str, kind: type) -> bool | int | float:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[value.lower()]
+        return float(value) if kind is float else int(value)
+    except (KeyError, ValueError):
+        raise UserError(f"/set {name} {value}: not {'True or False' if kind is bool else 'a number'}") from None
+
+
+def line_reader() -> Callable[[], str | None]:
+    """A function that returns the next line that the user types, or None at the end."""
+    if not is_terminal(sys.stdin):
+        sys.stdin.reconfigure(errors="replace")
+        return lambda: sys.stdin.readline() or None
+    import readline  # noqa: F401  (gives input() line editing and history)
+
+    def ask() -> str | None:
+        while True:
+            try:
+                return input(paint("> ", "bold"))
+            except EOFError:
+                print()
+                return None
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D leaves)")
+
+    return ask
+
+
+def _writer() -> Callable[[str], None]:
+    """Writes an answer to stdout as it comes, without the space that separates it from the prompt."""
+    begun = False
+
+    def write(text: str) -> None:
+        nonlocal begun
+        text = text if begun else text.lstrip()
+        begun = begun or bool(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    return write

@@ -1,0 +1,108 @@
+"""From a loaded config to a model with its weights and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from llm_core.config import LoadedConfig
+from llm_core.errors import UserError
+from llm_core.report.console import console
+from llm_core.text import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from llm_core.infer.complete import Completer
+    from llm_core.models.decoder import CausalLM
+    from llm_core.models.spec import DecoderSpec
+
+
+def load_for_inference(
+    loaded: LoadedConfig, *, need_tokenizer: bool = True
+) -> tuple[CausalLM, DecoderSpec, Tokenizer | None]:
+    """Start MindSpore, build the model of `model`, load load_checkpoint into it, and load the tokenizer.
+
+    Raises UserError if there is no checkpoint or it does not fit, and if the tokenizer is not there or does not fit.
+    The tokenizer is looked at first: that takes a moment, the weights may take minutes. need_tokenizer=False: None
+    where processor.tokenizer.vocab_file is not set.
+    """
+    from llm_core import runtime
+    from llm_core.models.spec import spec_from_config
+
+    config = loaded.config
+    spec = spec_from_config(config.model)
+    if not config.load_checkpoint:
+        raise UserError(
+            f"{loaded.path}: load_checkpoint is not set, and random weights write noise: name the weights with "
+            "--load_checkpoint (a .safetensors or .ckpt file, a folder of them, an output_dir of a training, or a "
+            "Hugging Face model's folder)"
+        )
+    tokenizer = None
+    if need_tokenizer or config.processor.tokenizer.vocab_file:
+        tokenizer = load_fitting_tokenizer(loaded, spec)
+    runtime.start(config)
+
+    from llm_core.checkpoint.weights import load_into, open_weights
+    from llm_core.models.decoder import CausalLM
+
+    weights = open_weights(config.load_checkpoint)
+    try:
+        weights.verify()
+        net = CausalLM(spec, seed=None)
+        report = load_into(net, weights, source=config.load_checkpoint)
+    finally:
+        weights.close()
+    net.set_train(False)
+    console.info(f"{config.load_checkpoint}: {report.line()}; the model has {spec.num_parameters:,} parameters")
+    return net, spec, tokenizer
+
+
+def load_completer(loaded: LoadedConfig) -> Completer:
+    """As `load_for_inference`, wrapped for generating text."""
+    net, spec, tokenizer = load_for_inference(loaded)
+    from llm_core.infer.complete import Completer
+    from llm_core.infer.generate import Generator
+
+    config = loaded.config.model.config
+    return Completer(Generator(net, spec, eos_ids=end_ids(config), pad_id=config.pad_token_id), tokenizer)
+
+
+def end_ids(model_config) -> list[int]:
+    """eos_token_id as a list (a YAML may hold one id or several)."""
+    ids = model_config.eos_token_id
+    return list(ids) if isinstance(ids, list) else [ids]
+
+
+def load_fitting_tokenizer(loaded: LoadedConfig, spec: DecoderSpec) -> Tokenizer:
+    """The tokenizer of processor.tokenizer; UserError if there is none or the model lacks some of its ids.
+
+    Which ids begin and end a text is said twice, by the tokenizer and by model_config; where they disagree one line
+    warns (bos is the tokenizer's, the end is model_config's).
+    """
+    section, model_config = loaded.config.processor.tokenizer, loaded.config.model.config
+    if not section.vocab_file:
+        raise UserError(
+            f"{loaded.path}: processor.tokenizer.vocab_file is not set: name the model's tokenizer.model or "
+            "tokenizer.json with --processor.tokenizer.vocab_file"
+        )
+    tokenizer = load_tokenizer(section.vocab_file, add_bos=section.add_bos_token, add_eos=section.add_eos_token)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {spec.vocab_size} "
+            "(model.model_config.vocab_size): take the tokenizer that the checkpoint was trained with"
+        )
+    ends = end_ids(model_config)
+    if max(ends) >= spec.vocab_size:
+        raise UserError(
+            f"{loaded.path}: model.model_config.eos_token_id {max(ends)} is beyond the model's {spec.vocab_size} tokens"
+        )
+    if tokenizer.eos_id >= 0 and tokenizer.eos_id not in ends:
+        console.warn(
+            f"{tokenizer.path} ends a text with id {tokenizer.eos_id}, but model.model_config.eos_token_id is "
+            f"{json.dumps(model_config.eos_token_id)}; answers end at the latter"
+        )
+    if section.add_bos_token and tokenizer.bos_id >= 0 and tokenizer.bos_id != model_config.bos_token_id:
+        console.warn(
+            f"{tokenizer.path} begins a text with id {tokenizer.bos_id}, but model.model_config.bos_token_id is "
+            f"{model_config.bos_token_id}; prompts begin with the former"
+        )
+    return tokenizer

@@ -1,0 +1,65 @@
+"""The files that a predict run leaves in its output_dir."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_core.errors import EnvironmentFault
+from llm_core.infer.complete import Completion
+
+TEXT_FILE = "text_generation_result.txt"
+JSONL_FILE = "text_generation_result.jsonl"
+
+
+def prepare_output_dir(output_dir: str | Path) -> Path:
+    """Make `output_dir` and prove that it can be written to, before minutes are spent on generating."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EnvironmentFault(f"{folder}: cannot write: {error.strerror}; choose another --output_dir") from error
+    return folder
+
+
+def write_results(folder: Path, results: Sequence[Sequence[Completion]]) -> Path:
+    """Write both files (`results`: one list of completions a prompt) and return the path of the text file.
+
+    text_generation_result.txt is MindFormers': the Python literal of a list with one
+    {'text_generation_text': [prompt and answer, ...]} a prompt. The .jsonl beside it has one object a completion.
+    """
+    literal = str([{"text_generation_text": [item.prompt + item.text for item in prompt]} for prompt in results])
+    lines = [json.dumps(_record(item), ensure_ascii=False) for prompt in results for item in prompt]
+    _write_whole(folder / JSONL_FILE, "".join(line + "\n" for line in lines))
+    _write_whole(folder / TEXT_FILE, literal)
+    return folder / TEXT_FILE
+
+
+def _record(item: Completion) -> dict:
+    return {
+        "prompt": item.prompt,
+        "text": item.text,
+        "prompt_tokens": item.prompt_tokens,
+        "new_tokens": len(item.token_ids),
+        "finish_reason": item.finish_reason,
+        "seed": item.seed,
+        "sequence": item.sequence,
+    }
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The file appears under its name only when all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EnvironmentFault(f"{path}: cannot write the results: {error.strerror}") from error

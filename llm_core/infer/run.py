@@ -1,0 +1,71 @@
+"""`--run_mode predict`: prompts in, answers to the screen and to output_dir."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from llm_core.config import LoadedConfig
+from llm_core.infer.ctrl_c import CtrlC
+from llm_core.infer.load import load_completer
+from llm_core.infer.prompts import read_prompts
+from llm_core.infer.sampling import sampling_params
+from llm_core.report.console import console, is_terminal
+from llm_core.report.environment import save_run_record
+
+
+def predict(loaded: LoadedConfig) -> int:
+    """Answer the prompts of --predict_data; returns the exit code (130 if Ctrl-C cut it short).
+
+    A single answer is streamed if stdout is a terminal, otherwise every prompt is printed with its answers as soon as
+    its batch is done. Answers that were there when Ctrl-C came are written too, and marked.
+    """
+    config = loaded.config
+    params = sampling_params(config.model.config)
+    prompts = read_prompts(config.predict_data or config.input_data or [])
+    from llm_core.infer.results import prepare_output_dir, write_results
+
+    folder = prepare_output_dir(config.output_dir)
+    completer = load_completer(loaded)
+    save_run_record(folder, sys.argv, loaded.as_yaml())
+
+    live = len(prompts) == 1 and params.num_return_sequences == 1 and is_terminal(sys.stdout)
+    results = []
+    started = time.perf_counter()
+    with CtrlC() as interrupted:
+        if live:
+            _show(prompts[0])
+        for completions in completer.complete(
+            prompts,
+            params,
+            seed=config.seed,
+            batch_size=config.predict_batch_size,
+            on_text=_show if live else None,
+            interrupted=interrupted,
+        ):
+            results.append(completions)
+            for completion in completions:
+                console.result("" if live else completion.prompt + completion.text)
+    seconds = time.perf_counter() - started
+
+    path = write_results(folder, results)
+    console.info(_speed_line(results, completer.generator.timing, seconds))
+    console.info(f"output result is saved at: {path}")
+    if interrupted.pressed:
+        console.warn(f"interrupted: {len(results)} of {len(prompts)} prompts were begun; what they got is in {path}")
+        return 130
+    return 0
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speed_line(results, timing, seconds: float) -> str:
+    tokens = sum(len(item.token_ids) for completions in results for item in completions)
+    line = f"{len(results)} prompts, {tokens} new tokens in {seconds:.1f} s: "
+    line += f"{tokens / seconds:.1f} tokens/s, compiling included"
+    if timing.decode_tokens:
+        line += f"; decoding alone {timing.decode_tokens / timing.decode_seconds:.1f} tokens/s"
+    return line
