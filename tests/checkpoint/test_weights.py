@@ -5,51 +5,14 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
+from checkpoint_samples import HIDDEN, assert_same, hf_names, joined, llama, write
 from mindspore import nn
 
-from llm_core.checkpoint.dtypes import head_of
-from llm_core.checkpoint.files import write_tensors
 from llm_core.checkpoint.hf import from_hf, to_hf
 from llm_core.checkpoint.qkv import ConcatView
-from llm_core.checkpoint.staged import StagedFile
 from llm_core.checkpoint.store import CheckpointStore
 from llm_core.checkpoint.weights import compare, load_into, open_weights, read_weights
 from llm_core.errors import UserError
-
-HIDDEN, FFN, KV, VOCAB, LAYERS = 8, 12, 4, 16, 2
-SHAPES = {
-    "attention.wq": (HIDDEN, HIDDEN),
-    "attention.wk": (KV, HIDDEN),
-    "attention.wv": (KV, HIDDEN),
-    "attention.wo": (HIDDEN, HIDDEN),
-    "feed_forward.w1": (FFN, HIDDEN),
-    "feed_forward.w2": (HIDDEN, FFN),
-    "feed_forward.w3": (FFN, HIDDEN),
-    "attention_norm": (HIDDEN,),
-    "ffn_norm": (HIDDEN,),
-}
-
-
-def llama(seed=0, tied=False):
-    """A tiny Llama's weights under MindFormers' names."""
-    rng = np.random.default_rng(seed)
-    shapes = {"model.tok_embeddings.embedding_weight": (VOCAB, HIDDEN), "model.norm_out.weight": (HIDDEN,)}
-    shapes |= {f"model.layers.{i}.{leaf}.weight": shape for i in range(LAYERS) for leaf, shape in SHAPES.items()}
-    if not tied:
-        shapes["lm_head.weight"] = (VOCAB, HIDDEN)
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def joined(weights):
-    """The same with qkv_concat."""
-    out = {k: v for k, v in weights.items() if not any(f".{p}." in k for p in ("wq", "wk", "wv", "w1", "w3"))}
-    for i in range(LAYERS):
-        start = f"model.layers.{i}."
-        take = [weights[f"{start}attention.{p}.weight"] for p in ("wq", "wk", "wv")]
-        out[f"{start}attention.w_qkv.weight"] = np.concatenate(take)
-        take = [weights[f"{start}feed_forward.{p}.weight"] for p in ("w1", "w3")]
-        out[f"{start}feed_forward.w_gate_hidden.weight"] = np.concatenate(take)
-    return out
 
 
 class Net(nn.Cell):
@@ -68,22 +31,6 @@ def net_like(weights, dtype=ms.float32):
 
 def values(net):
     return {name: parameter.float().asnumpy() for name, parameter in net.parameters_dict().items()}
-
-
-def write(path, tensors):
-    with StagedFile(path, 0) as staged:
-        write_tensors(staged, {n: head_of(a) for n, a in tensors.items()}, tensors.__getitem__, {})
-        staged.commit()
-
-
-def assert_same(back, expected):
-    assert back.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(back[name], array, err_msg=name)
-
-
-def hf_names(weights):
-    return {to_hf(name): array for name, array in weights.items()}
 
 
 def test_names_go_both_ways():
