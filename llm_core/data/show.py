@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,9 +54,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="run_llm.py show-data", description="Print records decoded, with the learnt tokens marked."
     )
     parser.add_argument("file", type=Path, help="a MindRecord, or a folder of them")
-    parser.add_argument(
-        "--tokenizer", help="tokenizer file, folder or name (default: the one in the data's manifest)"
-    )
+    parser.add_argument("--tokenizer", help="tokenizer file, folder or name (default: the one in the data's manifest)")
     parser.add_argument("-n", type=int, default=3, help="how many records (default 3)")
     parser.add_argument("--start", type=int, default=0, help="number of the first (default 0)")
     parser.add_argument("--ids", action="store_true", help="also print every token with its id")
@@ -64,20 +63,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _tokenizer(records: RecordFile, given: str | None) -> Tokenizer:
     """The tokenizer given, else the one that the manifest names; warns where the data was made with another."""
-    facts = next((m["tokenizer"] for m in records.manifests.values() if "tokenizer" in m), None)
-    if given is None and facts is None:
-        raise UserError(f"{records.path}: no manifest beside it names its tokenizer. Give --tokenizer PATH.")
-    if given is None and not Path(facts["path"]).exists():
-        raise UserError(
-            f"{facts['path']}: the tokenizer of {records.path} is no longer there. Give --tokenizer PATH."
-        )
-    tokenizer = load_tokenizer(given if given is not None else facts["path"])
-    if facts is not None and facts["sha256"] != tokenizer.fingerprint:
+    facts = tokenizer_facts(records)
+    if given is None:
+        given = facts.get("path") or facts.get("file")
+        if given is None:
+            raise UserError(f"{records.path}: no manifest beside it names its tokenizer. Give --tokenizer PATH.")
+        if not Path(given).is_file():
+            raise UserError(f"{given}: the tokenizer of {records.path} is not there. Give --tokenizer PATH.")
+    tokenizer = load_tokenizer(given)
+    if facts.get("sha256", tokenizer.fingerprint) != tokenizer.fingerprint:
         console.warn(
             f"{records.path}: made with another tokenizer than {tokenizer.path} (its sha256 differs): the text "
             "below may be wrong"
         )
     return tokenizer
+
+
+def tokenizer_facts(records: RecordFile) -> dict[str, Any]:
+    """What the manifest says of the tokenizer (file, path, sha256, vocab_size ...); {} if there is none."""
+    return next((m["tokenizer"] for m in records.manifests.values() if "tokenizer" in m), {})
 
 
 def summary(records: RecordFile) -> Iterator[str]:
@@ -120,7 +124,8 @@ def learnt_tokens(batch: Batch, pad_token_id: int) -> np.ndarray:
 
 
 def as_text(ids: np.ndarray, learnt: np.ndarray, tokenizer: Tokenizer) -> str:
-    """One record (ids int [n], learnt bool [n]) as text, special tokens spelled, learnt text marked."""
+    """One record (ids int [n], learnt bool [n]) as text, learnt text marked. Special tokens are spelled;
+    <123?> is an id that the tokenizer does not have."""
     runs = []
     for mark, pieces in groupby(_decoded(ids, learnt, tokenizer), key=lambda piece: piece[1]):
         text = "".join(text for text, _ in pieces)
@@ -158,7 +163,7 @@ def _decoded(ids: np.ndarray, learnt: np.ndarray, tokenizer: Tokenizer) -> Itera
 
 def _piece(token: int, tokenizer: Tokenizer) -> str:
     if not 0 <= token < tokenizer.vocab_size:
-        return f"<{token}: not in the vocabulary>"
+        return f"<{token}?>"
     return tokenizer.id_to_piece(token)
 
 

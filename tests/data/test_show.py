@@ -28,7 +28,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
         rows["input_ids"][row, : len(ids)] = ids
         rows["labels"][row, len(asked) : len(ids)] = ids[len(asked) :]
     path = tmp_path_factory.mktemp("answered") / "qa.mindrecord"
-    facts = {"tokenizer": {"path": str(tokenizer.path), "fingerprint": tokenizer.fingerprint}, "cut": 1}
+    facts = {"tokenizer": {"path": str(tokenizer.path), "sha256": tokenizer.fingerprint}, "cut": 1}
     with RecordWriter(path, {"input_ids": 40, "labels": 40}, facts) as writer:
         writer.write_rows(rows)
     return path
@@ -52,9 +52,7 @@ def test_start_and_ids(answered: Path, tokenizer: Tokenizer, capsys: pytest.Capt
         show.main([str(answered), "--start", "2"])
 
 
-def test_without_labels_all_but_the_first_token_is_learnt(
-    records: RecordFile, rows: dict[str, np.ndarray]
-) -> None:
+def test_without_labels_all_but_the_first_token_is_learnt(records: RecordFile, rows: dict[str, np.ndarray]) -> None:
     batch = show.as_batch(records, np.array([3, 4]))
     assert (show.learnt_tokens(batch, -1) == (rows["labels"][3:5] != -100)).all()
     plain = show.learnt_tokens(type(batch)(batch.input_ids, None, batch.record_ids), -1)
@@ -80,23 +78,23 @@ def test_a_terminal_gets_no_control_characters(tokenizer: Tokenizer) -> None:
 
 
 def test_ids_outside_the_vocabulary_are_named_not_fatal(tokenizer: Tokenizer) -> None:
-    assert "<600: not in the vocabulary>" in show.as_text(np.array([5, 600]), np.zeros(2, bool), tokenizer)
+    assert "<600?>" in show.as_text(np.array([5, 600]), np.zeros(2, bool), tokenizer)
 
 
 def test_no_tokenizer_known(record_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Give --tokenizer"):
         show.main([str(record_path)])
-    gone = {"tokenizer": {"path": "/nowhere/t.model", "fingerprint": ""}}
+    gone = {"tokenizer": {"path": "/nowhere/t.model", "sha256": ""}}
     with RecordWriter(tmp_path / "a.mindrecord", {"input_ids": 3}, gone) as writer:
         writer.write_rows({"input_ids": np.zeros((1, 3), np.int32)})
-    with pytest.raises(UserError, match="/nowhere/t.model: the tokenizer of .* is no longer there"):
+    with pytest.raises(UserError, match="/nowhere/t.model: the tokenizer of .* is not there"):
         show.main([str(tmp_path)])
 
 
 def test_another_tokenizer_is_reported(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    facts = {"tokenizer": {"path": "x", "fingerprint": "0" * 64}}
+    facts = {"tokenizer": {"path": "x", "sha256": "0" * 64}}
     with RecordWriter(tmp_path / "a.mindrecord", {"input_ids": 3}, facts) as writer:
         writer.write_rows({"input_ids": np.ones((1, 3), np.int32)})
     assert show.main([str(tmp_path), "--tokenizer", str(tokenizer.path)]) == 0
