@@ -33,8 +33,8 @@ _ARTEFACTS = (
     (re.compile(r" ([,.;:!?])(?=\s|$)"), r"\1"),
     (re.compile(r" '(s|t|m|d|re|ve|ll)\b"), r"'\1"),
     (re.compile(r'"[ ]?([^"\n]*?)[ ]?"'), r'"\1"'),
+    (re.compile(r"(?<=s) '(?=\s)"), "'"),  # dogs ' tails; a quotation after an s looks the same
     (re.compile(r"(?<!\S)' ([^'\n]*?) ?'(?!\S)"), r"'\1'"),
-    (re.compile(r"(?<=s) '(?=\s)"), "'"),
 )
 
 
