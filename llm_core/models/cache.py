@@ -9,7 +9,6 @@ from mindspore import Parameter, Tensor, nn, ops
 from llm_core import ops as core_ops
 from llm_core.models.decoder import CausalLM
 from llm_core.models.rope import rope_tables
-from llm_core.ops.reference.attention import HIDDEN
 
 
 class CachedDecoder(nn.Cell):
@@ -53,7 +52,7 @@ class CachedDecoder(nn.Cell):
         cos = ops.gather(self.cos, positions, 0).reshape(batch, width, 1, self.dim)
         sin = ops.gather(self.sin, positions, 0).reshape(batch, width, 1, self.dim)
         visible = ops.logical_and(self.columns <= columns.reshape(1, width, 1), self.columns >= kv_start.reshape(batch, 1, 1))
-        hidden = ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN
+        hidden = ops.cast(ops.logical_not(visible), ms.float32) * core_ops.HIDDEN
         decoder = self.net.model
         x = decoder.tok_embeddings(tokens.reshape(-1))
         i = 0

@@ -49,9 +49,9 @@ class SelfAttention(nn.Cell):
         k = k.reshape(batch, length, self.kv_heads, self.dim)
         return q, k, v.reshape(batch, length, self.kv_heads, self.dim)
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, batch: int, length: int) -> Tensor:
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, batch: int, length: int) -> Tensor:
         q, k, v = self.qkv(x, batch, length)
-        out = self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v)
+        out = self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v, mask)
         return self.wo(out.reshape(batch * length, self.heads * self.dim))
 
 
@@ -93,8 +93,8 @@ class Block(nn.Cell):
         self.ffn_norm = NormWeight(f"{name}.ffn_norm", spec.hidden_size, norm)
         self.feed_forward = FeedForward(f"{name}.feed_forward", spec, linear, seed)
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, batch: int, length: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, batch, length)
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, batch: int, length: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, batch, length)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -110,15 +110,17 @@ class Decoder(nn.Cell):
             [Block(f"model.layers.{i}", spec, linear, seed) for i in range(spec.num_layers)], auto_prefix=False
         )
         self.norm_out = NormWeight("model.norm_out", spec.hidden_size, core_ops.RmsNorm(spec.norm_eps))
+        self.mask = core_ops.AttentionMask(spec.num_heads, spec.head_dim)
         cos, sin = rope_tables(spec.rope, spec.head_dim, spec.max_position)
         self.cos, self.sin = Tensor(cos[:, None, :]), Tensor(sin[:, None, :])  # [positions, 1, D]
 
     def construct(self, tokens: Tensor) -> Tensor:
         batch, length = tokens.shape
         cos, sin = self.cos[:length], self.sin[:length]
+        mask = self.mask(batch, length, length)
         x = self.tok_embeddings(tokens.reshape(-1))
         for layer in self.layers:
-            x = layer(x, cos, sin, batch, length)
+            x = layer(x, cos, sin, mask, batch, length)
         return self.norm_out(x)
 
 

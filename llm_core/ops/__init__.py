@@ -7,11 +7,11 @@ device, and the oracle that every faster implementation is tested against.
 
 from __future__ import annotations
 
-from llm_core.ops.reference.attention import Attention, CachedAttention
+from llm_core.ops.reference.attention import HIDDEN, Attention, AttentionMask, CachedAttention
 from llm_core.ops.reference.elementwise import RmsNorm, Rope, SwiGlu
 from llm_core.ops.reference.loss import TokenNll
 
-__all__ = ["Attention", "CachedAttention", "RmsNorm", "Rope", "SwiGlu", "TokenNll", "backend"]
+__all__ = ["HIDDEN", "Attention", "AttentionMask", "CachedAttention", "RmsNorm", "Rope", "SwiGlu", "TokenNll", "backend"]
 
 
 def backend() -> tuple[str, str]:

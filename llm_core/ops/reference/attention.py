@@ -1,4 +1,8 @@
-"""Scaled dot-product attention in plain MindSpore operators."""
+"""Scaled dot-product attention in plain MindSpore operators.
+
+Who sees whom is decided once a forward pass, by `AttentionMask`, and its result is handed to every layer's
+`Attention`: what it holds is this backend's own affair.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +12,124 @@ from mindspore import Tensor, nn, ops
 HIDDEN = -1e30  # added to the score of a key that a query must not see; finite, so that no row can become NaN
 
 
-class Attention(nn.Cell):
-    """softmax((q k^T + bias) / sqrt(D)) v, causal and aligned bottom-right, grouped key/value heads.
+class AttentionMask(nn.Cell):
+    """What is added to the scores of `heads` query heads: fp32 [B * heads * Sq, Sk].
 
-    q fp32 [B, Sq, H, D]; k, v fp32 [B, Sk, Hkv, D], Sk >= Sq -> fp32 [B, Sq, H, D]. Query i sees the keys
-    j <= i + Sk - Sq. A row that sees no key at all gets the mean of all values (never NaN).
+    Causal, aligned bottom-right: query i sees the keys j <= i + Sk - Sq, of them only those that the optional
+    arguments leave: `kv_start` int32 [B] (first key of each row that is real), `kv_len` int32 [B] (first key
+    past the real ones), `document_q` int32 [B, Sq] and `document_k` int32 [B, Sk] (packed rows: a query sees
+    the keys of its own document). The first `prefix` keys are seen by every query whatever these say. `bias`
+    fp32 [1|B, heads, Sk] is added to the scores before they are scaled by 1 / sqrt(head_dim).
     """
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __init__(self, heads: int, head_dim: int, prefix: int = 0):
+        super().__init__(auto_prefix=False)
+        self.heads, self.scale, self.prefix = heads, head_dim**-0.5, prefix
+
+    def construct(
+        self,
+        batch: int,
+        q_len: int,
+        k_len: int,
+        kv_start: Tensor | None = None,
+        kv_len: Tensor | None = None,
+        document_q: Tensor | None = None,
+        document_k: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        key = ops.arange(k_len).reshape(1, 1, k_len)
+        visible = key <= (ops.arange(q_len) + (k_len - q_len)).reshape(1, q_len, 1)
+        if kv_start is not None:
+            visible = ops.logical_and(visible, key >= kv_start.reshape(batch, 1, 1))
+        if kv_len is not None:
+            visible = ops.logical_and(visible, key < kv_len.reshape(batch, 1, 1))
+        if document_q is not None:
+            same = document_q.reshape(batch, q_len, 1) == document_k.reshape(batch, 1, k_len)
+            visible = ops.logical_and(visible, same)
+        if self.prefix:
+            visible = ops.logical_or(visible, key < self.prefix)
+        added = ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN  # [1|B, Sq, Sk]
+        added = ops.expand_dims(added, 1)
+        if bias is not None:
+            added = added + ops.expand_dims(bias, 2) * self.scale  # [1|B, heads, Sq, Sk]
+        added = ops.tile(added, (batch // added.shape[0], self.heads // added.shape[1], 1, 1))
+        return added.reshape(-1, k_len)
+
+
+class Attention(nn.Cell):
+    """softmax(q k^T / sqrt(D) + mask) v with grouped key/value heads.
+
+    q fp32 [B, Sq, H, D]; k, v fp32 [B, Sk, Hkv, D], Sk >= Sq; mask from AttentionMask(H, D); keep (optional,
+    dropout of the attention weights) fp32 [B * H * Sq, Sk], 0 or 1 / (1 - rate) -> fp32 [B, Sq, H, D].
+    A query that sees no key gets some average of the values, never NaN.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.core = _GroupedAttention()
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
         batch, q_len, heads, dim = q.shape
         k_len, kv_heads = k.shape[1], k.shape[2]
         group = heads // kv_heads
         q = ops.transpose(q.reshape(batch, q_len, kv_heads, group, dim), (0, 2, 3, 1, 4))
-        q = q.reshape(batch, kv_heads, group * q_len, dim) * (dim**-0.5)
-        k = ops.transpose(k, (0, 2, 1, 3))
-        v = ops.transpose(v, (0, 2, 1, 3))
-        scores = ops.BatchMatMul(transpose_b=True)(q, k).reshape(batch, kv_heads, group, q_len, k_len)
-        visible = ops.arange(k_len) <= (ops.arange(q_len) + (k_len - q_len)).reshape(q_len, 1)
-        scores = scores + ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN
-        weights = ops.softmax(scores, -1).reshape(batch, kv_heads, group * q_len, k_len)
-        out = ops.BatchMatMul()(weights, v).reshape(batch, kv_heads, group, q_len, dim)
-        return ops.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, q_len, heads, dim)
+        q = q.reshape(batch * kv_heads, group * q_len, dim) * (dim**-0.5)
+        k = ops.transpose(k, (0, 2, 1, 3)).reshape(batch * kv_heads, k_len, dim)
+        v = ops.transpose(v, (0, 2, 1, 3)).reshape(batch * kv_heads, k_len, dim)
+        out, _ = self.core(q, k, v, mask, keep)
+        out = ops.transpose(out.reshape(batch, kv_heads, group, q_len, dim), (0, 3, 1, 2, 4))
+        return out.reshape(batch, q_len, heads, dim)
+
+
+class _GroupedAttention(nn.Cell):
+    """softmax(q k^T + mask) v: q [N, Q, D]; k, v [N, K, D]; mask and keep [N * Q, K] -> [N, Q, D] and the weights.
+
+    The weights P come out only so that the gradient can use them. It needs dS = P (keep dP - delta) with
+    dP = dO v^T and delta = rowsum(dO O) (arXiv 2307.08691, section 2.3.2); without dropout the difference
+    comes out of one product, of dO with -delta appended and v with 1 appended.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.bmm = ops.BatchMatMul()
+        self.bmm_ta = ops.BatchMatMul(transpose_a=True)
+        self.bmm_tb = ops.BatchMatMul(transpose_b=True)
+        self.row_sum = ops.ReduceSum(keep_dims=True)
+        self.softmax = ops.Softmax(-1)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        shape = (q.shape[0], q.shape[1], k.shape[1])
+        weights = self.softmax(self.bmm_tb(q, k).reshape(-1, k.shape[1]) + mask)
+        used = weights if keep is None else weights * keep
+        return self.bmm(used.reshape(shape), v), weights
+
+    def bprop(self, q, k, v, mask, keep, out, dout):
+        context, weights = out
+        d_context = dout[0]
+        dim, k_len = q.shape[2], k.shape[1]
+        shape = (q.shape[0], q.shape[1], k_len)
+        delta = self.row_sum((d_context * context).reshape(-1, dim), -1)  # [N * Q, 1]
+        if keep is None:
+            used = weights
+            left = ops.concat((d_context, -delta.reshape(shape[0], shape[1], 1)), -1)
+            right = ops.concat((v, ops.ones((shape[0], k_len, 1), v.dtype)), -1)
+            d_scores = weights * self.bmm_tb(left, right).reshape(-1, k_len)
+        else:
+            used = weights * keep
+            d_weights = self.bmm_tb(d_context, v).reshape(-1, k_len) * keep
+            d_scores = weights * (d_weights - delta)
+        d_scores = d_scores.reshape(shape)
+        dq = self.bmm(d_scores, k)
+        dk = self.bmm_ta(d_scores, q)
+        dv = self.bmm_ta(used.reshape(shape), d_context)
+        return dq, dk, dv, ops.zeros_like(mask), (None if keep is None else ops.zeros_like(keep))
 
 
 class CachedAttention(nn.Cell):
     """Attention of new tokens over a key/value cache that keeps heads outside, so that nothing is copied.
 
     q fp32 [B, S, H, D]; k, v fp32 [B, Hkv, T, D]; hidden fp32 [B, S, T], 0 where query i may see key j and a
-    large negative number elsewhere -> fp32 [B, S, H, D].
+    large negative number elsewhere -> fp32 [B, S, H, D]. No gradient is meant to go through it.
     """
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:

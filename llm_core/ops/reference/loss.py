@@ -1,4 +1,4 @@
-"""Token losses in plain MindSpore operators."""
+"""The token loss in plain MindSpore operators."""
 
 from __future__ import annotations
 
@@ -13,10 +13,38 @@ class TokenNll(nn.Cell):
     exactly 0 to the loss and to the gradient.
     """
 
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.core = _SoftmaxNll()
+
     def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         supervised = ops.cast(labels >= 0, ms.float32)
-        safe = ops.maximum(labels, 0)
-        shifted = logits - ops.stop_gradient(ops.ReduceMax(keep_dims=True)(logits, -1))
-        log_total = ops.log(ops.ReduceSum()(ops.exp(shifted), -1))
-        chosen = ops.GatherD()(shifted, 1, safe.reshape(-1, 1)).reshape(-1)
-        return ops.ReduceSum()((log_total - chosen) * supervised), ops.ReduceSum()(supervised)
+        loss, _ = self.core(logits, ops.maximum(labels, 0).reshape(-1, 1), supervised.reshape(-1, 1))
+        return loss, supervised.sum()
+
+
+class _SoftmaxNll(nn.Cell):
+    """Weighted sum of -log softmax(logits)[label]: logits [N, V], labels [N, 1], weights [N, 1] -> [] and softmax.
+
+    log sum exp is taken from the softmax P that the gradient needs anyway: it is x_j - log P_j at the largest
+    x_j, where P_j >= 1 / V cannot underflow. Gradient: (P - onehot) * weight.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.softmax = ops.Softmax(-1)
+        self.largest = ops.ArgMaxWithValue(axis=-1, keep_dims=True)
+        self.pick = ops.GatherD()
+        self.product = ops.MatMul()
+
+    def construct(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = self.softmax(logits)
+        where, largest = self.largest(logits)
+        log_total = largest - ops.log(self.pick(probabilities, 1, where))
+        return ((log_total - self.pick(logits, 1, labels)) * weights).sum(), probabilities
+
+    def bprop(self, logits, labels, weights, out, dout):
+        row_weights = weights * dout[0]
+        d_logits = out[1] * self.product(row_weights, ops.ones((1, logits.shape[1]), logits.dtype))
+        d_logits = ops.tensor_scatter_elements(d_logits, labels, -row_weights, 1, "add")
+        return d_logits, ops.zeros_like(labels), ops.zeros_like(weights)
