@@ -34,18 +34,21 @@ class TensorFile(Protocol):
 
 
 def is_weight_file(path: Path) -> bool:
-    """Whether the name says so (temporary files are hidden and do not count)."""
-    return path.suffix in _READERS and not path.name.startswith(".")
+    """Whether a file found in a folder is meant to hold weights: PyTorch's suffixes are used for much else, such as
+    training_args.bin, so there the name must say so, too. (Temporary files are hidden.)"""
+    if path.suffix in WRITABLE:
+        return not path.name.startswith(".")
+    return path.suffix in _READERS and path.name.startswith(("pytorch_model", "consolidated."))
 
 
 def open_tensor_file(path: Path) -> TensorFile:
     """Open a weight file by its suffix. UserError when it is missing, unreadable, damaged or of no known kind."""
     if path.suffix not in _READERS:
         raise UserError(f"{path}: not a weight file; known are {', '.join(_READERS)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         return _READERS[path.suffix](path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 

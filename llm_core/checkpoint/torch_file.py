@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import collections
 import pickle
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,13 @@ class _Refused(Exception):
     pass
 
 
+# what zipfile and pickle raise on damaged bytes
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OverflowError, RuntimeError,
+    ValueError, TypeError, LookupError, AttributeError,
+)  # fmt: skip
+
+
 class _StateDictUnpickler(pickle.Unpickler):
     """Resolves the few names of a state dict, and nothing else, so that no code of the file's choice runs."""
 
@@ -84,19 +93,21 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.path = path
-        if not zipfile.is_zipfile(path):
+        try:
+            is_zip = zipfile.is_zipfile(path)
+            if is_zip:
+                self._zip = zipfile.ZipFile(path)
+                self._root = self._find_root()
+                content = self._unpickle()
+        except _Refused as error:
+            raise UserError(f"{path}: not read: {error}; a file of tensors alone is expected") from None
+        except _DAMAGE as error:
+            raise UserError(f"{path}: damaged or no PyTorch file ({error})") from error
+        if not is_zip:
             raise UserError(
                 f"{path}: cut short, or in PyTorch's form of before 1.6, which is not read; "
                 "load it once with torch.load(..., weights_only=True) and save it with safetensors"
             )
-        try:
-            self._zip = zipfile.ZipFile(path)
-            self._root = self._find_root()
-            content = self._unpickle()
-        except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError, _Refused) as error:
-            raise UserError(f"{path}: not read: {error}; a file of tensors alone is expected") from error
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"{path}: its index is damaged ({error})") from error
         self._tensors = self._state_dict(content)
         self.heads = {name: Head(t.storage.dtype, t.shape) for name, t in self._tensors.items()}
 
@@ -144,7 +155,7 @@ class TorchFile:
         try:
             with self._zip.open(entry) as file:
                 data = file.read(nbytes)
-        except (KeyError, zipfile.BadZipFile, EOFError) as error:
+        except _DAMAGE as error:
             raise UserError(f"{self.path}: {name} is damaged ({error}); use another copy") from error
         if len(data) != nbytes:
             raise UserError(f"{self.path}: {name} is cut short; use another copy")

@@ -1,6 +1,7 @@
 """Weight files hold exactly what was given, and the packages that own the formats agree."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -177,6 +178,26 @@ def test_random_bytes_are_refused_without_a_traceback(tmp_path, suffix):
             path.write_bytes(rng.bytes(size))
             with pytest.raises(UserError, match=path.name):
                 read(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_no_damage_ends_in_a_traceback(tmp_path, suffix):
+    moments = random.Random(3)
+    path = tmp_path / f"a{suffix}"
+    write(path, some_tensors())
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(moments.choice((1, 1, 3))):
+            data[moments.randrange(len(data))] = moments.randrange(256)
+        path.write_bytes(data)
+        try:
+            read(path)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def safetensors_with(header, data=b"\0" * 16):

@@ -51,7 +51,7 @@ def test_a_killed_run_loses_no_finished_save(tmp_path, file_format):
         np.testing.assert_array_equal(tensors["adam_m.w"], np.full((64, 64), -step))
         assert store.best() is not None
         finished = step
-    assert finished > 20
+    assert finished >= 10
     store.save(1, step + 1, tensors, {})
     leftovers = [path.name for path in store.folder.iterdir() if path.name.startswith(".")]
     assert leftovers == []
