@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
+from llm_core.data.manifest import sha256
 from llm_core.data.records import RecordFile
 from llm_core.errors import UserError
 from llm_core.evals.squad import first_line
@@ -36,14 +36,16 @@ def read_questions(
 ) -> list[Question]:
     """The questions of an evaluation data set, in its order.
 
-    Right answers come from the .golds.jsonl beside the records; where there is none (files made with MindFormers), the
-    one in column labels is decoded. Raises UserError if there are no labels either, or the two files do not fit.
+    Right answers come from the .golds.jsonl that the records' manifest lists; without a manifest (files made with
+    MindFormers) the one in column labels is decoded. Raises UserError if there are no labels either, if the two files
+    do not fit, or if the records were written with another tokenizer.
     """
     if "labels" not in records.columns:
         raise UserError(
             f"{records.path}: no column labels, so no answers to compare with; write it with "
             "tools/dataset_preprocess/squad_data_process.py --mode eval"
         )
+    _check_tokenizer(records, tokenizer)
     rows = records.read(np.arange(min(records.num_records, num_samples or records.num_records)))
     pads = {pad_token_id, tokenizer.pad_or_substitute_id}
     golds = _read_golds(records)
@@ -54,14 +56,32 @@ def read_questions(
     return questions
 
 
+def _check_tokenizer(records: RecordFile, tokenizer: Tokenizer) -> None:
+    for path, manifest in records.manifests.items():
+        wrote = manifest.get("tokenizer") or {}
+        if wrote.get("sha256", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise UserError(
+                f"{path}: the records were written with another tokenizer ({wrote.get('file')}, "
+                f"{wrote.get('vocab_size')} tokens) than {tokenizer.path} ({tokenizer.vocab_size}): write them again"
+            )
+
+
 def _read_golds(records: RecordFile) -> list[tuple[list[str], str]]:
-    """(right answers, id) of every record; empty if no file of them lies beside the records."""
-    paths = [path for path in map(_golds_path, records.files) if path.exists()]
-    if not paths:
+    """(right answers, id) of every record; empty if no manifest lists a file of them."""
+    listed = {
+        manifest_path.parent / name: facts
+        for manifest_path, manifest in records.manifests.items()
+        for name, facts in manifest.get("side_files", {}).items()
+        if name.endswith(GOLDS_SUFFIX)
+    }
+    if not listed:
         return []
     if len(records.files) > 1:
         raise UserError(f"{records.path}: {len(records.files)} files; EmF1Metric evaluates one: name it")
-    lines = paths[0].read_text(encoding="utf-8").splitlines()
+    path, facts = next(iter(listed.items()))
+    if not path.exists() or sha256(path) != facts["sha256"]:
+        raise UserError(f"{path}: missing, or not what was written with the records; copy it again, or write both again")
+    lines = path.read_text(encoding="utf-8").splitlines()
     try:
         golds = [([str(text) for text in row["answers"]], str(row["id"])) for row in map(json.loads, lines)]
         whole = all(answers for answers, _ in golds)
@@ -69,14 +89,9 @@ def _read_golds(records: RecordFile) -> list[tuple[list[str], str]]:
         whole = False
     if not whole or len(golds) != records.num_records:
         raise UserError(
-            f"{paths[0]}: not the right answers of the {records.num_records} records of {records.path}; write the data "
-            "set again"
+            f"{path}: not the right answers of the {records.num_records} records of {records.path}; write both again"
         )
     return golds
-
-
-def _golds_path(file: Path) -> Path:
-    return file.with_name(file.name + GOLDS_SUFFIX)
 
 
 def _unpadded(ids: np.ndarray, pads: set[int]) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llm_core.config import load_config
+from llm_core.data.manifest import sha256
 from llm_core.data.records import RecordFile, RecordWriter
 from llm_core.errors import UserError
 from llm_core.evals.answers import answer_questions, read_questions
@@ -54,11 +55,11 @@ def folder(tmp_path_factory, spm_model) -> Path:
     return folder
 
 
-def write_questions(path: Path, spm_model: Path) -> None:
+def write_questions(path: Path, spm_model: Path, **manifest) -> None:
     tokenizer = load_tokenizer(spm_model)
     prompts = [tokenizer.encode(text[:14], bos=True) for text in TEXTS]
     answers = [tokenizer.encode(golds[0]) for golds in GOLDS]
-    with RecordWriter(path, columns={"input_ids": LENGTH, "labels": LENGTH}) as writer:
+    with RecordWriter(path, columns={"input_ids": LENGTH, "labels": LENGTH}, manifest=manifest) as writer:
         writer.write_rows({"input_ids": padded(prompts), "labels": padded(answers)})
 
 
@@ -118,16 +119,35 @@ def test_questions_come_with_all_right_answers(folder, tmp_path, spm_model):
     assert [question.golds for question in alone] == [golds[:1] for golds in GOLDS]  # from column labels
     assert alone[0].prompt_ids == tokenizer.encode(TEXTS[0][:14], bos=True)
 
-    side = tmp_path / "q.mindrecord.golds.jsonl"
-    rows = [{"record": n, "id": f"q{n}", "answers": golds} for n, golds in enumerate(GOLDS)]
-    side.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beside = write_golds(tmp_path / "q.mindrecord.golds.jsonl", GOLDS)
+    write_questions(path, spm_model, side_files=beside, tokenizer={"sha256": tokenizer.fingerprint})
     questions = read_questions(RecordFile(path), tokenizer, pad_token_id=0)
     assert [(question.id, question.golds) for question in questions] == [(f"q{n}", g) for n, g in enumerate(GOLDS)]
     assert len(read_questions(RecordFile(path), tokenizer, pad_token_id=0, num_samples=2)) == 2
 
-    side.write_text(json.dumps(rows[0]) + "\n")
+
+def write_golds(path: Path, golds: list[list[str]]) -> dict:
+    """The file of right answers, and the entry of the manifest for it."""
+    rows = [{"record": n, "id": f"q{n}", "answers": answers} for n, answers in enumerate(golds)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+
+
+def test_right_answers_that_do_not_fit(tmp_path, spm_model):
+    path, side, tokenizer = tmp_path / "q.mindrecord", tmp_path / "q.mindrecord.golds.jsonl", load_tokenizer(spm_model)
+    write_questions(path, spm_model, side_files=write_golds(side, GOLDS[:2]))
     with pytest.raises(UserError, match="golds.jsonl: not the right answers of the 3 records"):
         read_questions(RecordFile(path), tokenizer, pad_token_id=0)
+    side.write_text("other")
+    with pytest.raises(UserError, match="golds.jsonl: .*(not what was written|bytes)"):
+        read_questions(RecordFile(path), tokenizer, pad_token_id=0)
+
+
+def test_questions_of_another_tokenizer(tmp_path, spm_model):
+    wrote = {"file": "other.model", "sha256": "0" * 64, "vocab_size": 32000}
+    write_questions(tmp_path / "q.mindrecord", spm_model, tokenizer=wrote)
+    with pytest.raises(UserError, match=r"another tokenizer \(other.model, 32000 tokens\)"):
+        read_questions(RecordFile(tmp_path / "q.mindrecord"), load_tokenizer(spm_model), pad_token_id=0)
 
 
 def test_records_without_answers(folder, spm_model):
