@@ -80,7 +80,7 @@ def _read_golds(records: RecordFile) -> list[tuple[list[str], str]]:
         raise UserError(f"{records.path}: {len(records.files)} files; EmF1Metric evaluates one: name it")
     path, facts = next(iter(listed.items()))
     if not path.exists() or sha256(path) != facts["sha256"]:
-        raise UserError(f"{path}: missing, or not what was written with the records; copy it again, or write both again")
+        raise UserError(f"{path}: missing, or not what was written with the records; copy it, or write both again")
     lines = path.read_text(encoding="utf-8").splitlines()
     try:
         golds = [([str(text) for text in row["answers"]], str(row["id"])) for row in map(json.loads, lines)]
