@@ -182,6 +182,7 @@ def _manifest(
         "inputs": inputs,
         "tokenizer": {
             "file": tokenizer.path.name,
+            "path": str(tokenizer.path.absolute()),  # where show-data finds it
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "bos_token_id": tokenizer.bos_id,

@@ -132,8 +132,11 @@ class RecordWriter:
 
     def _move_into_place(self) -> None:
         names = [name for shard in self._shard_names() for name in (shard, shard + ".db")]
+        mark = self._folder / "mark"
+        write_json(mark, {"format": FORMAT, "incomplete": True})
         files = {}
         for name in names:
+            shutil.copymode(mark, self._folder / name)  # as the umask says; MindSpore makes them private
             fsync(self._folder / name)
             files[name] = {
                 "bytes": (self._folder / name).stat().st_size,
@@ -150,10 +153,10 @@ class RecordWriter:
         manifest_name = self.path.name + SUFFIX
         lock = _lock(parent, wait=True)  # of two writers that finish together, one after the other
         try:
-            replaced = set(read_manifest(parent / manifest_name).get("files", {}))
+            replaced = _files_of(parent / manifest_name)
             # From here to the last replace a crash leaves a mixture: this mark makes every reader refuse it.
-            write_json(self._folder / "mark", {"format": FORMAT, "incomplete": True})
-            os.replace(self._folder / "mark", parent / manifest_name)
+            os.replace(mark, parent / manifest_name)
+            fsync(parent)
             for name in names:
                 os.replace(self._folder / name, parent / name)
             for name in replaced - set(names):
@@ -191,6 +194,14 @@ def _check_name(path: Path) -> None:
         )
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give a file name, such as {path / 'train.mindrecord'}.")
+
+
+def _files_of(manifest: Path) -> set[str]:
+    """Names of the files that a manifest lists; none if it is damaged, for it is about to be replaced."""
+    try:
+        return set(read_manifest(manifest).get("files", {}))
+    except UserError:
+        return set()
 
 
 def _as_int32(name: str, rows: np.ndarray, width: int) -> np.ndarray:

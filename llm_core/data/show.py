@@ -92,13 +92,15 @@ def summary(records: RecordFile) -> Iterator[str]:
         yield "no manifest (not written by this program): hashes unknown"
     for path, manifest in records.manifests.items():
         own = {"format", "files", "columns", "records"}
-        facts = [f"  {key}: {_plain(value)}" for key, value in manifest.items() if key not in own]
+        facts = [f"  {key}: {_plain(value)}" for key, value in manifest.items() if key not in own and value]
         yield "\n".join([f"{path.name}:", *facts])
 
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_plain, value))
     return str(value)
 
 

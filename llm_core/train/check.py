@@ -105,8 +105,8 @@ def _config(loaded: LoadedConfig) -> str:
 
 def _describe_model(spec: DecoderSpec) -> str:
     return (
-        f"{spec.num_parameters:,} parameters: {spec.num_layers} layers, {spec.hidden_size} wide, {spec.num_heads} heads "
-        f"({spec.num_kv_heads} kv), vocabulary {spec.vocab_size}"
+        f"{spec.num_parameters:,} parameters: {spec.num_layers} layers, {spec.hidden_size} wide, {spec.num_heads} "
+        f"heads ({spec.num_kv_heads} kv), vocabulary {spec.vocab_size}"
     )
 
 

@@ -113,6 +113,25 @@ def test_an_old_file_stays_until_the_new_one_is_whole_and_goes_with_its_shards(t
     assert RecordFile(path).num_records == 5
 
 
+def test_files_are_as_open_to_others_as_the_umask_says(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_ones(tmp_path / "a.mindrecord", 4)
+    finally:
+        os.umask(old)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in os.listdir(tmp_path)} == {0o640}
+
+
+def test_a_damaged_manifest_can_be_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.mindrecord"
+    write_ones(path, 4)
+    Path(f"{path}.manifest.json").write_text("{")
+    with pytest.raises(UserError, match="a.mindrecord.manifest.json: unreadable manifest"):
+        RecordFile(path)
+    write_ones(path, 5)
+    assert RecordFile(path).num_records == 5
+
+
 def test_two_writers_of_one_target(tmp_path: Path) -> None:
     path = tmp_path / "a.mindrecord"
     first = RecordWriter(path, {"input_ids": 3})
