@@ -7,6 +7,7 @@ writes, in the order of the demo's stages,
     train.txt, valid.txt   the documentation topics of pydoc_data and the standard library's docstrings, as
                            paragraphs between blank lines; every 20th document goes to valid.txt
     alpaca.json            question/answer pairs made from the same docstrings, as {instruction, input, output}
+    prompts.json           three of the questions, written as the fine-tuned model has met them
     tokenizer.model        a SentencePiece BPE model with byte fallback, laid out like Llama's: <unk> 0, <s> 1,
                            </s> 2, no padding piece (pads are 0 and never supervised)
 A file that is already there is kept, so that a second run goes on where the first was stopped.
@@ -35,6 +36,11 @@ from llm_core.report.console import console  # noqa: E402
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 VALID_EVERY = 20
+QUESTIONS = (
+    "What does json.dumps do?",
+    "What is the class collections.OrderedDict?",
+    "What is the Python module argparse for?",
+)
 ANSWER_LENGTH = (30, 400)  # characters
 
 
@@ -66,6 +72,7 @@ def main() -> int:
     if not tokenizer.exists():
         train_tokenizer(texts[0], tokenizer, args.vocab_size)
     console.info(f"{tokenizer}: {args.vocab_size} pieces")
+    _write(args.output_dir / "prompts.json", json.dumps([prompt_of(q) for q in QUESTIONS], indent=1))
     return 0
 
 
@@ -136,6 +143,14 @@ def _question(doc: Docstring) -> str:
     if doc.kind == "class":
         return f"What is the class {doc.name}?"
     return f"What does {doc.name} do?"
+
+
+def prompt_of(question: str) -> str:
+    """The text before the answer, as `alpaca_converter.py` and `llama_preprocess.py --dataset_type qa` write it."""
+    from llm_core.text.templates import alpaca_prompt, conversation_template, render_rounds
+
+    ((prompt, _),) = render_rounds(conversation_template("vicuna_v1.1"), [(alpaca_prompt(question), "")])
+    return prompt
 
 
 def _write(path: Path, text: str) -> None:
