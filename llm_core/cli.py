@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_core.errors import EnvironmentFault, UserError
+from llm_core.runtime import prepare_environment
 
 if TYPE_CHECKING:
     from llm_core.config import LoadedConfig
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins takes 40 ms
+    prepare_environment()  # what MindSpore reads at its import, wherever that happens
     try:
         return _dispatch(argv)
     except UserError as error:
@@ -125,6 +127,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _run(loaded: LoadedConfig) -> int:
+    _begin(loaded)
     mode = loaded.config.run_mode
     if mode == "predict":
         from llm_core.infer.run import predict as start
@@ -133,6 +136,35 @@ def _run(loaded: LoadedConfig) -> int:
     else:
         from llm_core.train.run import train as start
     return start(loaded)
+
+
+def _begin(loaded: LoadedConfig) -> None:
+    """What precedes every run: the lines about mapped and meaningless keys, and the user's own code."""
+    from llm_core.report.console import console
+
+    for note in loaded.notes:
+        console.info(note)
+    if loaded.register_path is not None:
+        _import_from(loaded.register_path)
+
+
+def _import_from(name: str) -> None:
+    """Import the user's Python file, or package, or every file of a folder: the one door through which code comes in."""
+    import importlib
+    from pathlib import Path
+
+    path = Path(name).resolve()
+    if path.is_dir() and not (path / "__init__.py").is_file():
+        folder, modules = path, sorted(file.stem for file in path.glob("*.py"))
+    elif path.is_dir() or path.suffix == ".py" and path.is_file():
+        folder, modules = path.parent, [path.stem]
+    else:
+        folder, modules = path, []
+    if not modules:
+        raise UserError(f"--register_path {name}: no Python file or package there")
+    sys.path.insert(0, str(folder))
+    for module in modules:
+        importlib.import_module(module)
 
 
 # ---- verbs ----
@@ -202,6 +234,7 @@ def _check(argv: list[str]) -> int:
     loaded = _load(_run_parser("run-llm check"), argv)
     from llm_core.train.check import check
 
+    _begin(loaded)
     return check(loaded)
 
 
@@ -210,6 +243,7 @@ def _chat(argv: list[str]) -> int:
     loaded.require_runnable(prompts=False)
     from llm_core.infer.chat import chat
 
+    _begin(loaded)
     return chat(loaded)
 
 

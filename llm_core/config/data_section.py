@@ -1,7 +1,5 @@
 """The dataset sections."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from llm_core.config.section import Section, key

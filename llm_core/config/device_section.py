@@ -1,7 +1,5 @@
 """The sections about machine and layout: context, env, parallel, parallel_config, recompute_config."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 

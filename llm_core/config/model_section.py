@@ -1,7 +1,5 @@
 """The `model` and `processor` sections: what is trained, how it generates, how text becomes ids."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -117,7 +115,7 @@ class LlamaConfig(DecoderConfig):
     qkv_concat: bool = key(False, "One matrix for query, key and value, and one for gate and up.")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> LlamaConfig:
+    def _heads_divide(self) -> "LlamaConfig":
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}; change one of them, "
@@ -125,7 +123,7 @@ class LlamaConfig(DecoderConfig):
             )
         width = self.head_dim or self.hidden_size // self.num_heads
         if width % 2:
-            raise ValueError(f"a head is {width} wide, but rotary positions need an even width")
+            raise ValueError(f"head_dim (hidden_size / num_heads) is {width}, but rotary positions need an even width")
         if self.n_kv_heads and self.num_heads % self.n_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         return self
@@ -163,7 +161,7 @@ class FalconConfig(DecoderConfig):
     tie_word_embeddings: bool = key(True, "The head is the embedding table.")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> FalconConfig:
+    def _heads_divide(self) -> "FalconConfig":
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
@@ -186,7 +184,7 @@ class ModelSection(Section):
     )
 
     @model_validator(mode="after")
-    def _arch_fits(self) -> ModelSection:
+    def _arch_fits(self) -> "ModelSection":
         if self.arch.type.removesuffix("ForCausalLM") != self.config.type.removesuffix("Config"):
             raise ValueError(f"arch.type {self.arch.type} does not go with model_config.type {self.config.type}")
         return self
@@ -210,3 +208,6 @@ class ProcessorSection(Section):
         "LlamaProcessor", "Kept for MindFormers' files."
     )
     tokenizer: TokenizerSection = key(TokenizerSection.model_construct(), "The tokenizer.")
+    chat_template: str = key(
+        "vicuna_v1.1", "How `chat` writes a conversation: a fastchat template, or none for plain continuation. (Ours.)"
+    )

@@ -1,7 +1,5 @@
 """The whole run file: `RunConfig`. Its field descriptions are the help, the documentation and the JSON Schema."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator

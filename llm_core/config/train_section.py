@@ -1,7 +1,5 @@
 """The sections about learning: optimizer, lr_schedule, runner_config, runner_wrapper, callbacks, anomaly, metric."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -174,7 +172,7 @@ class RunnerConfig(Section):
     stop_step: int = key(0, "Stop after this many steps; 0 = do not.", ge=0)
 
     @model_validator(mode="after")
-    def _sink_size_is_not_zero(self) -> RunnerConfig:
+    def _sink_size_is_not_zero(self) -> "RunnerConfig":
         if self.sink_size == 0:
             raise ValueError("sink_size is the number of steps between two reports, or -1; it cannot be 0")
         return self

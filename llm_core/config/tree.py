@@ -65,7 +65,15 @@ class Problems:
         return bool(self.found)
 
     def __str__(self) -> str:
-        return "\n".join(str(problem) for problem in self.found)
+        """A line each: those of a file together, in the order of its lines, then those of the command line."""
+        return "\n".join(str(problem) for problem in sorted(self.found, key=_place))
+
+
+def _place(problem: Problem) -> tuple[bool, str, int]:
+    file, _, line = problem.where.rpartition(":")
+    if problem.where.startswith("--") or not line.isdigit():
+        return True, "", 0
+    return False, file, int(line)
 
 
 def join(path: str, key: str | int) -> str:

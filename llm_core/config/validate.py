@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llm_core.config import keys
 from llm_core.config.schema import RunConfig
 from llm_core.config.tree import Node, Origin, Problems, find, join, nearest_origin, plain
 
@@ -66,9 +67,10 @@ def _report_type(tree: Node, path: str, context: dict[str, Any], problems: Probl
     section = find(tree, path)
     name = str(context.get("discriminator", "type")).strip("'").removesuffix("()")
     name = name if name in ("type", "pet_type") else "type"
-    allowed = re.findall(r"'([^']+)'", str(context.get("expected_tags", "")))
+    shape = keys.shape_at(RunConfig, tree, path)
+    allowed = [tag for tag in shape.sections if tag] if shape is not None else []
     tag = section.get(name) if section is not None else None
-    listed = f"one of {', '.join(allowed)}" if allowed else "one that the section knows"
+    listed = f"one of {', '.join(allowed)}"
     if tag is None:
         where = nearest_origin(tree, path).where
         problems.add(where, join(path, name), f"is required; {listed}")
@@ -89,8 +91,7 @@ def _plain_words(error: dict[str, Any]) -> str:
 
 def _guilty(tree: Node, path: str, text: str, fallback: Origin) -> Origin:
     """Of the keys that a section's complaint names, the origin of the one written last."""
-    section = find(tree, path)
-    named = [section.get(word) for word in re.findall(r"\w+", text)] if section is not None else []
+    named = [find(tree, join(path, word)) for word in re.findall(r"\w+(?:\.\w+)*", text)]
     found = [node.origin for node in named if node is not None]
     return max(found, key=lambda origin: origin.rank, default=fallback)
 
