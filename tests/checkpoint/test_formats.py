@@ -224,3 +224,36 @@ def test_a_damaged_safetensors_header(tmp_path, header, says):
     path.write_bytes(safetensors_with(header))
     with pytest.raises(UserError, match=says):
         read_heads(path)
+
+
+def write_sparse(path, first_bytes, rest):
+    """A file whose first tensor, of `first_bytes` zeros after its header, takes no room on the disk."""
+    with open(path, "wb") as file:
+        for chunk in rest:
+            if chunk is None:
+                file.seek(first_bytes, 1)
+            else:
+                file.write(chunk)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_tensor_behind_five_gibibytes(tmp_path, suffix):
+    from llm_core.checkpoint import ckpt_file, safetensors_file
+
+    path = tmp_path / f"a{suffix}"
+    last = np.arange(6, dtype=np.float32)
+    heads = {"first": Head(BY_NAME["float32"], (5, 2**28)), "last": head_of(last)}
+    size = heads["first"].nbytes
+    if suffix == ".safetensors":
+        header = safetensors_file._layout(heads, {})[1]
+        write_sparse(path, size, [len(header).to_bytes(8, "little") + header, None, last.tobytes()])
+    else:
+        piece = 2**29
+        start = ckpt_file._message_start("first", heads["first"], piece)
+        end = ckpt_file._message_start("last", heads["last"], last.nbytes)
+        write_sparse(path, piece, [start, None] * (size // piece) + [end, last.tobytes()])
+    assert path.stat().st_size > 5 * 2**30
+    file = open_tensor_file(path)
+    assert file.heads == heads
+    np.testing.assert_array_equal(file.read("last"), last)
+    file.close()
