@@ -1,29 +1,30 @@
 """The one model file: a decoder-only transformer, from token ids to logits.
 
 Hidden states travel as [B*S, hidden], so that every linear layer is one plain matrix product. Parameters carry
-MindFormers' names, written out in full; wrap the model only in Cells made with `auto_prefix=False`.
+MindFormers' names, written out in full: wrap the model only in Cells made with `auto_prefix=False`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from llm_core import ops as core_ops
+from llm_core.errors import UserError
 from llm_core.models.layers import Embedding, Linear, NormWeight
-from llm_core.models.rope import rope_tables
+from llm_core.models.rope import RotaryAngles
 from llm_core.models.spec import DecoderSpec
 
 LinearFactory = Callable[..., nn.Cell]
-"""Called as `Linear(name, in_size, out_size, bias, std, seed)`; may return any Cell that maps [N, in] to [N, out]."""
+"""Called as linear(name, in_size, out_size, bias, std, seed); returns a Cell that maps [N, in] to [N, out]."""
 
 
 class SelfAttention(nn.Cell):
-    """Projections, rotary positions, attention. Weights wq, wk, wv (or w_qkv) and wo."""
+    """Projections, rotary positions, attention. Weights wq, wk, wv (or all in one, w_qkv) and wo."""
 
-    def __init__(self, name: str, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
+    def __init__(self, name: str, layer: int, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
         super().__init__(auto_prefix=False)
         self.heads, self.kv_heads, self.dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.sizes = (spec.q_size, spec.kv_size, spec.kv_size)
@@ -38,6 +39,7 @@ class SelfAttention(nn.Cell):
         self.wo = linear(f"{name}.wo", spec.q_size, h, spec.output_bias, std, seed)
         self.rope = core_ops.Rope()
         self.attention = core_ops.Attention()
+        self.drop = core_ops.DropoutMask(spec.attention_dropout, 3 * layer) if spec.attention_dropout else None
 
     def qkv(self, x: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """[B*S, hidden] -> q [B, S, H, D], k and v [B, S, Hkv, D], not yet rotated."""
@@ -49,9 +51,13 @@ class SelfAttention(nn.Cell):
         k = k.reshape(batch, length, self.kv_heads, self.dim)
         return q, k, v.reshape(batch, length, self.kv_heads, self.dim)
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, batch: int, length: int) -> Tensor:
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor | None, batch: int) -> Tensor:
+        length = x.shape[0] // batch
         q, k, v = self.qkv(x, batch, length)
-        out = self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v, mask)
+        keep = None
+        if self.drop is not None and key is not None:
+            keep = self.drop(key, mask.shape[0], mask.shape[1])
+        out = self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v, mask, keep)
         return self.wo(out.reshape(batch * length, self.heads * self.dim))
 
 
@@ -81,46 +87,55 @@ class FeedForward(nn.Cell):
 class Block(nn.Cell):
     """One layer.
 
-        x ──┬─ attention_norm ─ attention ─(+)──┬─ ffn_norm ─ feed_forward ─(+)── out
-            └───────────────────────────────┘   └────────────────────────────┘
+        x ─┬─ attention_norm ─ attention ─ (+) ─┬─ ffn_norm ─ feed_forward ─ (+) ─ out
+           └────────────────────────────────┘   └─────────────────────────────┘
     """
 
-    def __init__(self, name: str, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
+    def __init__(self, layer: int, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
         super().__init__(auto_prefix=False)
-        norm = core_ops.RmsNorm(spec.norm_eps)
-        self.attention_norm = NormWeight(f"{name}.attention_norm", spec.hidden_size, norm)
-        self.attention = SelfAttention(f"{name}.attention", spec, linear, seed)
-        self.ffn_norm = NormWeight(f"{name}.ffn_norm", spec.hidden_size, norm)
+        name = f"model.layers.{layer}"
+        self.attention_norm = NormWeight(f"{name}.attention_norm", spec.hidden_size, spec.norm_eps)
+        self.attention = SelfAttention(f"{name}.attention", layer, spec, linear, seed)
+        self.ffn_norm = NormWeight(f"{name}.ffn_norm", spec.hidden_size, spec.norm_eps)
         self.feed_forward = FeedForward(f"{name}.feed_forward", spec, linear, seed)
+        rate = spec.hidden_dropout
+        self.attention_drop = core_ops.Dropout(rate, 3 * layer + 1) if rate else None
+        self.ffn_drop = core_ops.Dropout(rate, 3 * layer + 2) if rate else None
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, batch: int, length: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, batch, length)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor | None, batch: int) -> Tensor:
+        branch = self.attention(self.attention_norm(x), cos, sin, mask, key, batch)
+        if self.attention_drop is not None and key is not None:
+            branch = self.attention_drop(branch, key)
+        x = x + branch
+        branch = self.feed_forward(self.ffn_norm(x))
+        if self.ffn_drop is not None and key is not None:
+            branch = self.ffn_drop(branch, key)
+        return x + branch
 
 
 class Decoder(nn.Cell):
-    """Embedding, layers and the last norm: tokens int32 [B, S] -> hidden fp32 [B*S, hidden]."""
+    """Embedding, layers and the last norm: tokens int32 [B, S] -> hidden fp32 [B*S, hidden].
+
+    With a dropout key (int32 [2], see ops.dropout_key) the spec's dropout rates apply; without, none do.
+    """
 
     def __init__(self, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
         super().__init__(auto_prefix=False)
-        self.tok_embeddings = Embedding(
-            "model.tok_embeddings", spec.vocab_size, spec.hidden_size, spec.initializer_range, seed
-        )
-        self.layers = nn.CellList(
-            [Block(f"model.layers.{i}", spec, linear, seed) for i in range(spec.num_layers)], auto_prefix=False
-        )
-        self.norm_out = NormWeight("model.norm_out", spec.hidden_size, core_ops.RmsNorm(spec.norm_eps))
+        vocab, hidden, std = spec.vocab_size, spec.hidden_size, spec.initializer_range
+        self.tok_embeddings = Embedding("model.tok_embeddings", vocab, hidden, std, seed)
+        blocks = [Block(i, spec, linear, seed) for i in range(spec.num_layers)]
+        self.layers = nn.CellList(blocks, auto_prefix=False)
+        self.norm_out = NormWeight("model.norm_out", hidden, spec.norm_eps)
         self.mask = core_ops.AttentionMask(spec.num_heads, spec.head_dim)
-        cos, sin = rope_tables(spec.rope, spec.head_dim, spec.max_position)
-        self.cos, self.sin = Tensor(cos[:, None, :]), Tensor(sin[:, None, :])  # [positions, 1, D]
+        self.angles = RotaryAngles(spec.rope, spec.head_dim, spec.max_position)
 
-    def construct(self, tokens: Tensor) -> Tensor:
+    def construct(self, tokens: Tensor, key: Tensor | None = None) -> Tensor:
         batch, length = tokens.shape
-        cos, sin = self.cos[:length], self.sin[:length]
         mask = self.mask(batch, length, length)
+        cos, sin = self.angles(ops.arange(length).reshape(1, length), ops.scalar_to_tensor(length, ms.int32))
         x = self.tok_embeddings(tokens.reshape(-1))
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, batch, length)
+            x = layer(x, cos, sin, mask, key, batch)
         return self.norm_out(x)
 
 
@@ -132,11 +147,17 @@ class CausalLM(nn.Cell):
 
     def __init__(self, spec: DecoderSpec, linear: LinearFactory = Linear, seed: int | None = 0):
         super().__init__(auto_prefix=False)
+        if (spec.norm, spec.residual, spec.position, spec.mlp) != ("rms", "sequential", "rope", "swiglu"):
+            raise UserError(
+                f"model: norm {spec.norm}, residual {spec.residual}, position {spec.position}, mlp {spec.mlp} cannot "
+                "be built yet (Falcon); use LlamaForCausalLM or InternLMForCausalLM"
+            )
         self.spec = spec
         self.model = Decoder(spec, linear, seed)
         self.lm_head = None
         if not spec.tied_head:
-            self.lm_head = linear("lm_head", spec.hidden_size, spec.vocab_size, False, spec.initializer_range, seed)
+            std = spec.initializer_range
+            self.lm_head = linear("lm_head", spec.hidden_size, spec.vocab_size, False, std, seed)
         self.tied_product = ops.MatMul(transpose_b=True)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -148,8 +169,3 @@ class CausalLM(nn.Cell):
     def construct(self, tokens: Tensor) -> Tensor:
         batch, length = tokens.shape
         return self.head(self.model(tokens)).reshape(batch, length, -1)
-
-
-def parameter_values(net: nn.Cell) -> dict[str, np.ndarray]:
-    """Every parameter of a model by its name, as numpy."""
-    return {name: parameter.asnumpy() for name, parameter in net.parameters_dict().items()}

@@ -11,7 +11,8 @@ from llm_core.models.decoder import CausalLM
 class TokenLoss(nn.Cell):
     """Sum of token losses and number of supervised tokens, to be divided only over the whole global batch.
 
-    tokens int32 [B, S]; labels int32 [B, S], -100 (any negative id) = ignored -> (fp32 [], fp32 []).
+    tokens int32 [B, S]; labels int32 [B, S], -100 (any negative id) = ignored; dropout_key int32 [2] from
+    `ops.dropout_key`, None = no dropout -> (fp32 [], fp32 []).
     """
 
     def __init__(self, net: CausalLM):
@@ -19,6 +20,6 @@ class TokenLoss(nn.Cell):
         self.net = net
         self.nll = core_ops.TokenNll()
 
-    def construct(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.net.head(self.net.model(tokens))
+    def construct(self, tokens: Tensor, labels: Tensor, dropout_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits = self.net.head(self.net.model(tokens, dropout_key))
         return self.nll(logits, labels.reshape(-1))

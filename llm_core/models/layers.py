@@ -7,12 +7,15 @@ import hashlib
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from llm_core import ops as core_ops
+
 
 def initial_normal(name: str, shape: tuple[int, ...], std: float, seed: int | None) -> Tensor:
-    """Values of parameter `name` at the start: fp32, normal(0, std), the same on every machine and rank layout.
+    """Values of parameter `name` at the start: fp32, normal(0, std), the same on every machine and layout.
 
-    Each parameter has a generator of its own, keyed by (seed, name), so its values do not depend on which other
-    parameters exist or in which order they are made. `seed` None gives zeros, for a model about to be loaded.
+    Each parameter has a generator of its own, keyed by (seed, name), so its values do not depend on which
+    other parameters exist or in which order they are made. `seed` None gives zeros, for a model about to be
+    loaded.
     """
     if seed is None:
         return Tensor(np.zeros(shape, np.float32))
@@ -22,23 +25,23 @@ def initial_normal(name: str, shape: tuple[int, ...], std: float, seed: int | No
 
 
 class Linear(nn.Cell):
-    """y = x weight^T (+ bias): x fp32 [N, in] -> fp32 [N, out]; weight [out, in] named `<name>.weight`."""
+    """y = x weight^T (+ bias): x fp32 [N, in] -> fp32 [N, out]; `<name>.weight` [out, in], `<name>.bias` [out]."""
 
     def __init__(self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None):
         super().__init__(auto_prefix=False)
-        self.weight = Parameter(initial_normal(f"{name}.weight", (out_size, in_size), std, seed), name=f"{name}.weight")
+        full_name = f"{name}.weight"
+        self.weight = Parameter(initial_normal(full_name, (out_size, in_size), std, seed), name=full_name)
         self.bias = Parameter(Tensor(np.zeros(out_size, np.float32)), name=f"{name}.bias") if bias else None
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.product = ops.MatMul(transpose_b=True)
+        self.add_bias = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(x, self.weight)
-        if self.bias is not None:
-            y = ops.BiasAdd()(y, self.bias)
-        return y
+        y = self.product(x, self.weight)
+        return y if self.bias is None else self.add_bias(y, self.bias)
 
 
 class Embedding(nn.Cell):
-    """Rows of a table: ids int32 [N] -> fp32 [N, D]; the table [V, D] is named `<name>.embedding_weight`."""
+    """Rows of a table: ids int32 [N] -> fp32 [N, D]; the table [V, D] is `<name>.embedding_weight`."""
 
     def __init__(self, name: str, vocab_size: int, size: int, std: float, seed: int | None):
         super().__init__(auto_prefix=False)
@@ -50,12 +53,12 @@ class Embedding(nn.Cell):
 
 
 class NormWeight(nn.Cell):
-    """The scale of an RMSNorm, fp32 [D], ones at the start, and the operator that applies it."""
+    """RMSNorm with its scale: x fp32 [N, D] -> fp32 [N, D]; `<name>.weight` [D], ones at the start."""
 
-    def __init__(self, name: str, size: int, operator: nn.Cell):
+    def __init__(self, name: str, size: int, eps: float):
         super().__init__(auto_prefix=False)
         self.weight = Parameter(Tensor(np.ones(size, np.float32)), name=f"{name}.weight")
-        self.operator = operator
+        self.norm = core_ops.RmsNorm(eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.operator(x, self.weight)
+        return self.norm(x, self.weight)

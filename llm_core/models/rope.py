@@ -1,14 +1,16 @@
-"""Rotary position embedding: frequencies of every scaling method, and the tables the model indexes.
+"""Rotary position embedding: frequencies of every scaling method, and cos and sin of the positions.
 
-All of it is numpy on the host, once per model: the graph only sees ready cos and sin. The angles are rounded
-the way the published checkpoints were trained (frequencies and angles in fp32), their cos and sin are exact.
+Frequencies are made once on the host and rounded to fp32, as are the angles: that is what published checkpoints
+were trained with.
 """
 
 from __future__ import annotations
 
 import math
 
+import mindspore as ms
 import numpy as np
+from mindspore import Tensor, nn, ops
 
 from llm_core.models.spec import RopeSpec
 
@@ -17,8 +19,8 @@ def rope_frequencies(rope: RopeSpec, head_dim: int, length: int = 0) -> tuple[np
     """Angle per position of each channel pair, fp32 [head_dim / 2], and the factor on cos and sin.
 
     `length` is the current sequence length; only dynamic_ntk depends on it (and only beyond original_length).
-    linear is position interpolation (arXiv 2306.15595), yarn arXiv 2309.00071; ntk multiplies the base as
-    MindFormers does, dynamic_ntk grows it with the sequence as HF's "dynamic"; llama3 is Llama 3.1's rule.
+    linear is position interpolation (arXiv 2306.15595), yarn arXiv 2309.00071; ntk multiplies the base, as
+    MindFormers does, dynamic_ntk lets it grow with the sequence, as HF's "dynamic"; llama3 is Llama 3.1's rule.
     """
     if rope.method == "ntk":
         return _frequencies(rope.theta * rope.factor, head_dim), 1.0
@@ -45,7 +47,8 @@ def _yarn(rope: RopeSpec, head_dim: int, plain: np.ndarray) -> tuple[np.ndarray,
 
     def channel_of(rotations: float) -> float:
         """Channel pair that turns `rotations` times over the trained length."""
-        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        wavelength_ratio = rope.original_length / (rotations * 2 * math.pi)
+        return head_dim * math.log(wavelength_ratio) / (2 * math.log(rope.theta))
 
     def attention_scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
@@ -65,25 +68,34 @@ def _yarn(rope: RopeSpec, head_dim: int, plain: np.ndarray) -> tuple[np.ndarray,
 
 
 def _llama3(rope: RopeSpec, plain: np.ndarray) -> np.ndarray:
-    """Short waves stay, waves longer than the trained length are divided by the factor, the rest is blended."""
+    """Short waves stay, waves longer than the trained length are slowed by the factor, the rest is blended."""
     turns = rope.original_length * plain.astype(np.float64) / (2 * math.pi)  # over the trained length
     kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
     return (plain / rope.factor * (1 - kept) + plain * kept).astype(np.float32)
 
 
-def rope_tables(rope: RopeSpec, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, fp32 [length, head_dim], for positions 0..length-1 of a sequence of that length.
+class RotaryAngles(nn.Cell):
+    """cos and sin of positions: int32 [N, S] -> two fp32 [N, S, 1, head_dim], for `ops.Rope`.
 
-    The two halves of a row are equal up to the sign of sin: the rotation is
-    `x * cos + swap(x) * sin`, where swap exchanges the halves of a head and sin carries the minus of the
-    first half (rotate_half of HF).
+    Both halves of a head turn by the same angle, so a row is (c, c) and (-s, s). `length` int32 [] is the
+    current sequence length, which only dynamic_ntk needs; it knows lengths up to `max_length`.
     """
-    frequencies, scale = rope_frequencies(rope, head_dim, length)
-    return angles_to_tables(np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :], scale)
 
+    def __init__(self, rope: RopeSpec, head_dim: int, max_length: int):
+        super().__init__(auto_prefix=False)
+        self.dynamic = rope.method == "dynamic_ntk"
+        self.shortest = rope.original_length
+        lengths = range(self.shortest, max(max_length, self.shortest) + 1) if self.dynamic else (0,)
+        rows, self.scale = zip(*(rope_frequencies(rope, head_dim, n) for n in lengths), strict=True)
+        self.scale = self.scale[0]
+        self.frequencies = Tensor(np.stack(rows))  # [lengths, head_dim / 2]
 
-def angles_to_tables(angles: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and signed sin, fp32 [..., 2n], of fp32 angles [..., n], both times `scale`."""
-    cos = (np.cos(angles.astype(np.float64)) * scale).astype(np.float32)
-    sin = (np.sin(angles.astype(np.float64)) * scale).astype(np.float32)
-    return np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
+    def construct(self, positions: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        frequencies = self.frequencies
+        if self.dynamic:
+            frequencies = ops.gather(frequencies, ops.maximum(length - self.shortest, 0).reshape(1), 0)
+        rows, width = positions.shape
+        angles = ops.cast(positions, ms.float32).reshape(-1, 1) * frequencies
+        cos, sin = ops.cos(angles) * self.scale, ops.sin(angles) * self.scale
+        shape = (rows, width, 1, 2 * frequencies.shape[1])
+        return ops.concat((cos, cos), -1).reshape(shape), ops.concat((-sin, sin), -1).reshape(shape)

@@ -125,71 +125,95 @@ def spec_from_config(model: Any) -> DecoderSpec:
     Raises UserError for sizes that do not fit each other.
     """
     c = model.config
-    if not getattr(c, "head_dim", None) and c.hidden_size % c.num_heads:
+    if c.head_dim is None and c.hidden_size % c.num_heads:
         raise UserError(
             f"model_config: hidden_size {c.hidden_size} is not a multiple of num_heads {c.num_heads}; "
             "change one of them, or give head_dim"
         )
-    all_biases = bool(getattr(c, "has_bias", False))  # InternLM: q, k, v and o
-    return DecoderSpec(
+    common = dict(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         num_layers=c.num_layers,
         num_heads=c.num_heads,
-        num_kv_heads=c.n_kv_heads or c.num_heads,
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_heads,
-        ffn_size=ffn_width(c.hidden_size, c.intermediate_size, c.multiple_of, c.ffn_dim_multiplier),
-        max_position=c.max_position_embedding or c.seq_length,
-        norm_eps=c.rms_norm_eps,
+        head_dim=c.head_dim or c.hidden_size // c.num_heads,
+        max_position=max(c.max_position_embedding or 0, c.seq_length),
         rope=_rope_from_config(c),
-        qkv_bias=all_biases or c.qkv_has_bias,
-        output_bias=all_biases,
         tied_head=c.tie_word_embeddings,
+        hidden_dropout=c.hidden_dropout_rate,
+        attention_dropout=c.attention_dropout_rate,
+        initializer_range=c.initializer_range,
+    )
+    if model.arch.type == "FalconForCausalLM":
+        return DecoderSpec(**common, **_falcon_choices(c))
+    return DecoderSpec(
+        **common,
+        num_kv_heads=c.n_kv_heads or c.num_heads,
+        ffn_size=ffn_width(c.hidden_size, c.intermediate_size, c.multiple_of, c.ffn_dim_multiplier),
+        norm_eps=c.rms_norm_eps,
+        qkv_bias=c.qkv_has_bias or c.has_bias,
+        output_bias=c.has_bias,
         qkv_concat=c.qkv_concat,
-        hidden_dropout=getattr(c, "hidden_dropout_rate", 0.0),
-        attention_dropout=getattr(c, "attention_dropout_rate", 0.0),
-        initializer_range=getattr(c, "initializer_range", 0.02),
+    )
+
+
+def _falcon_choices(c: Any) -> dict[str, Any]:
+    """What makes a Falcon: its fields of the spec."""
+    if c.new_decoder_architecture:
+        residual, kv_heads = "parallel_two_norms", c.num_kv_heads or c.num_heads
+    else:
+        residual = "parallel" if c.parallel_attn else "sequential"
+        kv_heads = 1 if c.multi_query else c.num_heads
+    return dict(
+        num_kv_heads=kv_heads,
+        ffn_size=c.ffn_hidden_size or 4 * c.hidden_size,
+        norm="layer",
+        norm_eps=c.layer_norm_epsilon,
+        residual=residual,
+        position="alibi" if c.alibi else "rope",
+        mlp="gelu",
+        qkv_bias=c.bias,
+        output_bias=c.bias,
+        mlp_bias=c.bias,
     )
 
 
 _ROPE_METHODS: dict[str, RopeMethod] = {
-    "NONE": "none",
+    "None": "none",
     "PI": "linear",
-    "LINEAR": "linear",
     "NTK": "ntk",
     "DYNAMIC_NTK": "dynamic_ntk",
     "YARN": "yarn",
     "LLAMA3": "llama3",
 }
+_ROPE_OPTIONS = (
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 
 
 def _rope_from_config(c: Any) -> RopeSpec:
-    """Read theta, extend_method and scaling_factor (a number, or a dict with the method's own keys)."""
-    name = str(c.extend_method or "None").upper()
-    if name not in _ROPE_METHODS:
-        raise UserError(
-            f"model_config.extend_method: {c.extend_method!r} is unknown; one of None, PI, NTK, DYNAMIC_NTK, YARN, LLAMA3"
-        )
-    method = _ROPE_METHODS[name]
+    """Read theta, extend_method and scaling_factor (a number, or a mapping with the method's own keys)."""
+    method = _ROPE_METHODS[c.extend_method]
     length = c.max_position_embedding or c.seq_length
     if method == "none":
-        return RopeSpec(theta=float(c.theta), original_length=length)
-    scaling = c.scaling_factor
-    if not isinstance(scaling, dict):
-        if method == "llama3":
-            raise UserError(
-                "model_config.scaling_factor: LLAMA3 needs a dict with factor, low_freq_factor, high_freq_factor "
-                f"and original_max_position_embeddings, got {scaling!r}"
-            )
-        scaling = {"factor": scaling}
-    known = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "low_freq_factor", "high_freq_factor")
-    extra = {key: float(scaling[key]) for key in known if scaling.get(key) is not None}
-    try:
-        factor = float(scaling["factor"])
-    except (KeyError, TypeError, ValueError):
+        return RopeSpec(theta=c.theta, original_length=length)
+    scaling = c.scaling_factor if isinstance(c.scaling_factor, dict) else {"factor": c.scaling_factor}
+    needed = ["factor"]
+    if method == "llama3":
+        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    missing = [key for key in needed if scaling.get(key) is None]
+    if missing:
         raise UserError(
-            f"model_config.scaling_factor: extend_method {c.extend_method} needs a number or a dict with `factor`, "
+            f"model_config.scaling_factor: extend_method {c.extend_method} needs {', '.join(missing)} as well, "
             f"got {c.scaling_factor!r}"
-        ) from None
+        )
+    options = {key: float(scaling[key]) for key in _ROPE_OPTIONS if scaling.get(key) is not None}
     original = int(scaling.get("original_max_position_embeddings") or length)
-    return RopeSpec(theta=float(c.theta), method=method, factor=factor, original_length=original, **extra)
+    return RopeSpec(
+        theta=c.theta, method=method, factor=float(scaling["factor"]), original_length=original, **options
+    )

@@ -13,13 +13,14 @@ HIDDEN = -1e30  # added to the score of a key that a query must not see; finite,
 
 
 class AttentionMask(nn.Cell):
-    """What is added to the scores of `heads` query heads: fp32 [B * heads * Sq, Sk].
+    """What is added to the scores of all heads: fp32 [B * heads * Sq, Sk].
 
     Causal, aligned bottom-right: query i sees the keys j <= i + Sk - Sq, of them only those that the optional
-    arguments leave: `kv_start` int32 [B] (first key of each row that is real), `kv_len` int32 [B] (first key
-    past the real ones), `document_q` int32 [B, Sq] and `document_k` int32 [B, Sk] (packed rows: a query sees
-    the keys of its own document). The first `prefix` keys are seen by every query whatever these say. `bias`
-    fp32 [1|B, heads, Sk] is added to the scores before they are scaled by 1 / sqrt(head_dim).
+    arguments leave: `kv_start` int32 [B] (first real key of each row), `kv_len` int32 [B] (first key past the
+    real ones), `cu_seqlens_q` and `cu_seqlens_k` int32 [B, n + 1] (packed rows: cumulative lengths of the
+    documents; a query sees the keys of its own document). The first `prefix` keys are seen by every query
+    whatever these say, and the others are counted from there. `bias` fp32 [1|B, heads, Sk] is added to the
+    scores before they are scaled by 1 / sqrt(head_dim).
     """
 
     def __init__(self, heads: int, head_dim: int, prefix: int = 0):
@@ -33,27 +34,33 @@ class AttentionMask(nn.Cell):
         k_len: int,
         kv_start: Tensor | None = None,
         kv_len: Tensor | None = None,
-        document_q: Tensor | None = None,
-        document_k: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        key = ops.arange(k_len).reshape(1, 1, k_len)
-        visible = key <= (ops.arange(q_len) + (k_len - q_len)).reshape(1, q_len, 1)
+        prefix = self.prefix
+        key = ops.arange(k_len).reshape(1, 1, k_len) - prefix
+        query = ops.arange(q_len).reshape(1, q_len, 1)
+        visible = key <= query + (k_len - prefix - q_len)
         if kv_start is not None:
             visible = ops.logical_and(visible, key >= kv_start.reshape(batch, 1, 1))
         if kv_len is not None:
             visible = ops.logical_and(visible, key < kv_len.reshape(batch, 1, 1))
-        if document_q is not None:
-            same = document_q.reshape(batch, q_len, 1) == document_k.reshape(batch, 1, k_len)
-            visible = ops.logical_and(visible, same)
-        if self.prefix:
-            visible = ops.logical_or(visible, key < self.prefix)
-        added = ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN  # [1|B, Sq, Sk]
-        added = ops.expand_dims(added, 1)
+        if cu_seqlens_q is not None:
+            query_document = self._document(query.reshape(1, q_len, 1), cu_seqlens_q)
+            key_document = self._document(key.reshape(1, k_len, 1), cu_seqlens_k)
+            visible = ops.logical_and(visible, query_document == ops.transpose(key_document, (0, 2, 1)))
+        if prefix:
+            visible = ops.logical_or(visible, key < 0)
+        added = ops.expand_dims(ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN, 1)  # [1|B, 1, Sq, Sk]
         if bias is not None:
             added = added + ops.expand_dims(bias, 2) * self.scale  # [1|B, heads, Sq, Sk]
         added = ops.tile(added, (batch // added.shape[0], self.heads // added.shape[1], 1, 1))
         return added.reshape(-1, k_len)
+
+    def _document(self, position: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Number of the document that a position lies in: [1, S, 1], [B, n + 1] -> [B, S, 1]."""
+        return ops.cast(position >= ops.expand_dims(cu_seqlens, 1), ms.int32).sum(-1, keepdims=True)
 
 
 class Attention(nn.Cell):
@@ -125,24 +132,37 @@ class _GroupedAttention(nn.Cell):
         return dq, dk, dv, ops.zeros_like(mask), (None if keep is None else ops.zeros_like(keep))
 
 
+class CacheMask(nn.Cell):
+    """Which columns of a cache the new tokens see: added to their scores, fp32 [B, S, T].
+
+    `columns` int32 [S] are the cache columns of the new tokens; a token sees the columns up to its own, from
+    its row's first real one, kv_start int32 [B].
+    """
+
+    def construct(self, columns: Tensor, kv_start: Tensor, cache_length: int) -> Tensor:
+        key = ops.arange(cache_length).reshape(1, 1, cache_length)
+        visible = ops.logical_and(key <= columns.reshape(1, -1, 1), key >= kv_start.reshape(-1, 1, 1))
+        return ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN
+
+
 class CachedAttention(nn.Cell):
     """Attention of new tokens over a key/value cache that keeps heads outside, so that nothing is copied.
 
-    q fp32 [B, S, H, D]; k, v fp32 [B, Hkv, T, D]; hidden fp32 [B, S, T], 0 where query i may see key j and a
-    large negative number elsewhere -> fp32 [B, S, H, D]. No gradient is meant to go through it.
+    q fp32 [B, S, H, D]; k, v fp32 [B * Hkv, T, D]; mask from CacheMask -> fp32 [B, S, H, D]. For inference:
+    no gradient is meant to go through it.
     """
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         batch, q_len, heads, dim = q.shape
-        kv_heads, k_len = k.shape[1], k.shape[2]
+        kv_heads, k_len = k.shape[0] // batch, k.shape[1]
         group = heads // kv_heads
         q = q.reshape(batch, q_len, kv_heads, group, dim)
         if q_len > 1:
             q = ops.transpose(q, (0, 2, 1, 3, 4))
-        q = q.reshape(batch, kv_heads, q_len * group, dim) * (dim**-0.5)
+        q = q.reshape(batch * kv_heads, q_len * group, dim) * (dim**-0.5)
         scores = ops.BatchMatMul(transpose_b=True)(q, k).reshape(batch, kv_heads, q_len, group, k_len)
-        scores = scores + hidden.reshape(batch, 1, q_len, 1, k_len)
-        weights = ops.softmax(scores, -1).reshape(batch, kv_heads, q_len * group, k_len)
+        scores = scores + mask.reshape(batch, 1, q_len, 1, k_len)
+        weights = ops.Softmax(-1)(scores).reshape(batch * kv_heads, q_len * group, k_len)
         out = ops.BatchMatMul()(weights, v)
         if q_len > 1:
             out = ops.transpose(out.reshape(batch, kv_heads, q_len, group, dim), (0, 2, 1, 3, 4))
