@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from llm_core.config import LoadedConfig
 from llm_core.errors import UserError
@@ -22,6 +22,16 @@ HELP = """/reset              forget the conversation
 /set NAME VALUE     change one, e.g. /set temperature 0.7
 /template NAME      write the conversation by another fastchat template; none = plain continuation of your text
 /help, /quit        this text; leave (Ctrl-D leaves as well, Ctrl-C stops an answer)"""
+
+SETTABLE = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "min_new_tokens",
+)
 
 
 def chat(loaded: LoadedConfig) -> int:
@@ -80,7 +90,7 @@ class Chat:
             console.info(f"template {self.history.template}")
         elif word == "/set":
             self.params = changed_params(self.params, rest)
-            console.info(", ".join(f"{field.name} {getattr(self.params, field.name)}" for field in fields(self.params)))
+            console.info(", ".join(f"{name} {getattr(self.params, name)}" for name in SETTABLE))
         else:
             raise UserError(f"{word}: no such command; /help lists them")
 
@@ -116,11 +126,9 @@ def changed_params(params: SamplingParams, text: str) -> SamplingParams:
     name, _, value = text.strip().partition(" ")
     if not name:
         return params
-    fixed = ("stop_strings", "num_return_sequences", "max_length")
-    known = [field.name for field in fields(params) if field.name not in fixed]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise UserError(f"/set {name}: {f'did you mean {near[0]}?' if near else 'one of ' + ', '.join(known)}")
+    if name not in SETTABLE:
+        near = difflib.get_close_matches(name, SETTABLE, 1)
+        raise UserError(f"/set {name}: {f'did you mean {near[0]}?' if near else 'one of ' + ', '.join(SETTABLE)}")
     return replace(params, **{name: _parsed(name, value.strip(), type(getattr(SamplingParams, name)))})
 
 
