@@ -27,9 +27,11 @@ import numpy as np
 
 from llm_core.errors import UserError
 
-# _WIDTH_CODES[byte] = the four 2-bit codes of a bitmap byte, first value first.
-_WIDTH_CODES = (np.arange(256, dtype=np.uint8)[:, None] >> np.array([6, 4, 2, 0], np.uint8)) & 3
-_VALUE_TYPES = ("<i1", "<i2", "<i4", "<i8")
+# Of each bitmap byte's four values: width in bytes; which bytes of an int64 they fill when they are pushed to its
+# high end (so that shifting back extends the sign); and that shift.
+_WIDTHS = 1 << ((np.arange(256)[:, None] >> np.array([6, 4, 2, 0])) & 3)
+_FILLED = (np.arange(8) >= 8 - _WIDTHS[:, :, None]).reshape(256, 32)
+_SHIFTS = 64 - 8 * _WIDTHS
 _MAX_HEADER_BYTES = 128 << 20
 
 
@@ -45,19 +47,13 @@ def decode_integers(blob: np.ndarray) -> np.ndarray:
     first_value = 4 + (count + 3) // 4
     if first_value > blob.size:
         raise Damaged(f"a column of {blob.size} bytes claims {count} values")
-    codes = _WIDTH_CODES[blob[4:first_value]].reshape(-1)[:count]
-    ends = np.cumsum(1 << codes.astype(np.int64))
-    values = blob[first_value:]
-    if values.size != (ends[-1] if count else 0):
-        raise Damaged(f"{count} values should take {ends[-1] if count else 0} bytes and take {values.size}")
-    decoded = np.empty(count, np.int64)
-    for code, dtype in enumerate(_VALUE_TYPES):
-        here = np.flatnonzero(codes == code)
-        if here.size:
-            width = 1 << code
-            first = ends[here] - width
-            decoded[here] = values[first[:, None] + np.arange(width)].view(dtype)[:, 0]
-    return decoded
+    bitmap, values = blob[4:first_value], blob[first_value:]
+    filled = _FILLED[bitmap].reshape(-1)[: 8 * count]
+    if np.count_nonzero(filled) != values.size:
+        raise Damaged(f"{count} values should take {np.count_nonzero(filled)} bytes and take {values.size}")
+    wide = np.zeros(8 * count, np.uint8)
+    wide[filled] = values
+    return wide.view("<i8") >> _SHIFTS[bitmap].reshape(-1)[:count]
 
 
 class Shard:
