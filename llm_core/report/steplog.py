@@ -2,7 +2,7 @@
 
 Upstream's form, field by field (MFLossMonitor with data sinking, 1.2 to 1.9):
     { Epoch:[  2/  2], step:[   12/   16], loss: 3.619, per_step_time: 88ms, lr: 5.903933e-05, ...
-       87.5% |███████████████████████████████████████████       | 45.45455 samples/s/p  0:00:00 }
+      87.5% |███████████████████████████████████████████       | 45.45455 samples/s/p  0:00:00 }
 Pure functions: no clock, no printing.
 """
 
