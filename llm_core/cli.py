@@ -51,7 +51,7 @@ FLAGS = (
     ),
     Flag("--seed", ("seed",), "seed of weights, shuffling, dropout and sampling", "N"),
     Flag("--do_eval", ("do_eval",), "evaluate during training", "BOOL"),
-    Flag("--resume_training", ("resume_training",), "go on from the newest checkpoint (True) or a named one", "BOOL|FILE"),
+    Flag("--resume_training", ("resume_training",), "go on from the newest checkpoint, or a named one", "BOOL|FILE"),
     Flag("--profile", ("profile",), "write a timeline of some steps", "BOOL"),
     Flag("--predict_batch_size", ("predict_batch_size",), "prompts answered together", "N"),
     Flag("--do_sample", ("model.model_config.do_sample",), "sample instead of taking the likeliest token", "BOOL"),
@@ -149,7 +149,7 @@ def _begin(loaded: LoadedConfig) -> None:
 
 
 def _import_from(name: str) -> None:
-    """Import the user's Python file, or package, or every file of a folder: the one door through which code comes in."""
+    """Import the user's Python file, package, or every file of a folder: the one door through which code comes in."""
     import importlib
     from pathlib import Path
 

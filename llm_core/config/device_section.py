@@ -28,10 +28,17 @@ class JitConfig(Section):
 class AscendConfig(Section):
     """Options of the Ascend backend."""
 
-    precision_mode: Literal[
-        "must_keep_origin_dtype", "force_fp16", "allow_fp32_to_fp16", "allow_mix_precision", "allow_mix_precision_fp16",
-        "allow_mix_precision_bf16",
-    ] | None = key(None, "What the backend may do to the types.")
+    precision_mode: (
+        Literal[
+            "must_keep_origin_dtype",
+            "force_fp16",
+            "allow_fp32_to_fp16",
+            "allow_mix_precision",
+            "allow_mix_precision_fp16",
+            "allow_mix_precision_bf16",
+        ]
+        | None
+    ) = key(None, "What the backend may do to the types.")
     parallel_speed_up_json_path: str | None = key(None, "A parallel_speed_up.json; its keys are checked.")
 
 
@@ -43,7 +50,9 @@ class ContextSection(Section):
     device_id: int = key(0, "Number of the device.", ge=0)
     max_call_depth: int = key(10000, "Deepest nesting of calls in a graph.", ge=1)
     runtime_num_threads: int | None = key(None, "Threads; null = one a core.", ge=1)
-    deterministic: Annotated[Literal["ON", "OFF"], BeforeValidator(_on_off)] = key("OFF", "Deterministic kernels (Ascend).")
+    deterministic: Annotated[Literal["ON", "OFF"], BeforeValidator(_on_off)] = key(
+        "OFF", "Deterministic kernels (Ascend)."
+    )
     save_graphs: bool | Literal[0, 1, 2, 3] = key(False, "Save the compiler's intermediate graphs.")
     save_graphs_path: str = key("./graph", "Where to.")
     enable_graph_kernel: bool = key(False, "Graph kernel fusion (Ascend).")
@@ -100,7 +109,9 @@ class ParallelSection(Section):
     parallel_mode: Literal[
         0, 1, 2, 3, "stand_alone", "data_parallel", "semi_auto_parallel", "auto_parallel", "hybrid_parallel"
     ] = key(1, "0 data, 1 semi-auto, 2 auto, 3 hybrid.")
-    gradients_mean: bool = key(False, "Average instead of summing. (The loss is a mean over the global batch in any case.)")
+    gradients_mean: bool = key(
+        False, "Average instead of summing. (The loss is a mean over the global batch in any case.)"
+    )
     enable_alltoall: bool = key(False, "All-to-all for experts.")
     full_batch: bool = key(True, "Every rank reads the whole batch.")
     search_mode: Literal["sharding_propagation", "dynamic_programming", "recursive_programming"] = key(
@@ -157,5 +168,3 @@ def check_env(value: Any) -> dict[str, str]:
         if not isinstance(content, str | int | float) or not re.fullmatch(r"[\w.,:;+/= -]*", str(content)):
             raise ValueError(f"{name}: {content!r} is no plain value")
     return {name: str(int(content) if isinstance(content, bool) else content) for name, content in value.items()}
-
-

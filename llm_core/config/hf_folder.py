@@ -133,7 +133,9 @@ def model_config_to_hf(config: Mapping[str, Any], *, intermediate_size: int, dty
     """
     method = str(config.get("extend_method") or "None")
     if method not in ("None", *_ROPE_NAMES):
-        raise UserError(f"extend_method {method}: Hugging Face's Llama has no such RoPE scaling; use one of {', '.join(_ROPE_NAMES)}")
+        raise UserError(
+            f"extend_method {method}: Hugging Face's Llama lacks this RoPE scaling; use one of {', '.join(_ROPE_NAMES)}"
+        )
     has_bias = bool(config.get("has_bias"))
     if config.get("qkv_has_bias") and not has_bias:
         raise UserError("qkv_has_bias: Hugging Face's Llama has biases on all four attention projections or on none")

@@ -125,8 +125,10 @@ INERT: dict[str, Inert] = {
     "model.model_config.trust_remote_code": Inert("code is loaded from --register_path on the command line only"),
 }
 
-for _name in ("learning_rate", "origin_epochs", "dataset_size", "micro_batch_num", "micro_batch_interleave_num",
-              "initial_epoch", "initial_step", "global_batch_size", "gradient_accumulation_steps", "device_num"):  # fmt: skip
+for _name in (
+    "learning_rate origin_epochs dataset_size micro_batch_num micro_batch_interleave_num initial_epoch initial_step "
+    "global_batch_size gradient_accumulation_steps device_num"
+).split():
     INERT[f"callbacks[MFLossMonitor].{_name}"] = Inert(_RUNTIME)
 
 for _name in ("train_dataset", "eval_dataset"):

@@ -160,9 +160,7 @@ def _prune_section(
     return Node(kept, node.origin)
 
 
-def _prune_value(
-    shape: Shape, node: Node, path: str, generic: str, problems: Problems, seen: dict[str, str]
-) -> Node:
+def _prune_value(shape: Shape, node: Node, path: str, generic: str, problems: Problems, seen: dict[str, str]) -> Node:
     if isinstance(node.value, bool) and not takes_bool(shape) and shape.scalars:
         problems.add(node.origin.where, path, f"{node.value} is no {_names(shape)}")
     if not shape.sections:
@@ -189,7 +187,9 @@ def _note_inert(node: Node, path: str, entry: Any, problems: Problems, seen: dic
         seen[path] = entry.reason
     else:
         allowed = " or ".join(repr(each) for each in entry.only)
-        problems.add(node.origin.where, path, f"{value!r} is not supported ({entry.reason}); use {allowed}, or leave it out")
+        problems.add(
+            node.origin.where, path, f"{value!r} is not supported ({entry.reason}); use {allowed}, or leave it out"
+        )
 
 
 def _prune_inert_section(node: Node, path: str, generic: str, problems: Problems, seen: dict[str, str]) -> None:
@@ -200,7 +200,7 @@ def _prune_inert_section(node: Node, path: str, generic: str, problems: Problems
 
 
 def _belongs_to_former_type(section: type[Section], node: Node, child: Node, name: str) -> bool:
-    """Whether a later layer changed the section's type, and this key is one of another type's: then it just falls away."""
+    """Whether a later layer changed the section's type and this key is the former type's: then it falls away."""
     tag = node.get("type") or node.get("pet_type")
     if tag is None or tag.origin.rank <= child.origin.rank:
         return False

@@ -34,9 +34,10 @@ class Origins(dict[str, str]):
 class LoadedConfig:
     """A checked run.
 
-    `config` holds the values as this machine runs them (see `notes` for what was mapped), `tree` the merged values as they
-    were written. `origins` tells where each was written, `notes` has one line for every mapping and one for all keys
-    without meaning here (`inert`: key -> reason). `register_path` is set by the command line only.
+    `config` holds the values as this machine runs them (see `notes` for what was mapped), `tree` the merged values as
+    they were written. `origins` tells where each was written, `notes` has one line for every mapping and one for all
+    keys without meaning here (`inert`: key -> reason); the command line prints them once, before the run begins.
+    `register_path` is set by the command line only.
     """
 
     config: RunConfig
@@ -77,7 +78,8 @@ def load_config(
     """Load a run file (a path, or the name of a packaged run) and check it whole.
 
     overrides: (key, value) or (key, value, flag as typed); text values are read as the key's type wants them.
-    hf_folder: a Hugging Face folder whose config.json is laid over the files; by default `load_checkpoint`, if it is one.
+    hf_folder: a Hugging Face folder whose config.json is laid over the files; by default `load_checkpoint`
+        if that is one.
     flags: the command line's flags, to suggest one for a misspelt flag.
 
     Raises UserError with every problem, a line each: `file:line: key: what is wrong; did you mean ...?`
@@ -146,7 +148,9 @@ def _layer_names(base: Node | None, problems: Problems) -> Iterable[tuple[str, s
 
 def _set_rank(node: Node, rank: int) -> None:
     node.origin = Origin(node.origin.where, rank)
-    children = node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
+    children = (
+        node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
+    )
     for child in children:
         _set_rank(child, rank)
 

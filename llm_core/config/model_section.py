@@ -89,7 +89,9 @@ class DecoderConfig(Section):
     top_p: float = key(1.0, "Sample among the likeliest tokens of this total probability.", gt=0, le=1)
     temperature: float = key(1.0, "Divides the logits before sampling.", ge=0)
     repetition_penalty: float = key(1.0, "Above 1 makes seen tokens less likely.", gt=0)
-    max_decode_length: int = key(1024, "Longest text, prompt included, when neither max_length nor max_new_tokens is given.", ge=1)
+    max_decode_length: int = key(
+        1024, "Longest text, prompt included, when neither max_length nor max_new_tokens is given.", ge=1
+    )
     max_length: int | None = key(None, "Longest text, prompt included.", ge=1)
     max_new_tokens: int | None = key(None, "Longest answer; wins over max_length.", ge=1)
     min_length: int = key(0, "Shortest text, prompt included.", ge=0)
@@ -105,7 +107,9 @@ class LlamaConfig(DecoderConfig):
     type: Literal["LlamaConfig"] = key(..., "The family.")
     n_kv_heads: int | None = key(None, "Number of key and value heads; null = num_heads.", ge=1)
     intermediate_size: int | None = key(
-        None, "Width of the feed-forward; null = 8/3 hidden_size, times ffn_dim_multiplier, rounded up to multiple_of.", ge=1
+        None,
+        "Width of the feed-forward; null = 8/3 hidden_size, times ffn_dim_multiplier, rounded up to multiple_of.",
+        ge=1,
     )
     multiple_of: int = key(256, "Rounds the feed-forward's width up.", ge=1)
     ffn_dim_multiplier: float | None = key(None, "Widens the feed-forward (1.3 for Llama 2 70B).", gt=0)
@@ -138,11 +142,13 @@ class InternLMConfig(LlamaConfig):
     has_bias: bool = key(True, "Biases on all four projections of the attention.")
     pad_token_id: int = key(2, "Id that carries no loss; -1 = nothing is padding.", ge=-1)
     rotary_dtype: Dtype = key("float16", "Type of the rotary tables.")
-    max_decode_length: int = key(512, "Longest text, prompt included, when neither max_length nor max_new_tokens is given.", ge=1)
+    max_decode_length: int = key(
+        512, "Longest text, prompt included, when neither max_length nor max_new_tokens is given.", ge=1
+    )
 
 
 class FalconConfig(DecoderConfig):
-    """Falcon: LayerNorm, GELU, ALiBi or rotary positions, sequential or parallel layers. (Ours: upstream has no Falcon.)"""
+    """Falcon: LayerNorm, GELU, ALiBi or rotary positions, sequential or parallel layers. (Ours.)"""
 
     type: Literal["FalconConfig"] = key(..., "The family.")
     vocab_size: int = key(65024, "Rows of the embedding table.", ge=1)
@@ -176,7 +182,7 @@ class ArchSection(Section):
 
 
 class ModelSection(Section):
-    """The network and its configuration. (`model_config` of the YAML is `config` in Python: pydantic keeps that name.)"""
+    """The network and its configuration (`model_config` of the YAML is `config` in Python: pydantic has its own)."""
 
     arch: ArchSection
     config: Annotated[LlamaConfig | InternLMConfig | FalconConfig, Field(discriminator="type")] = Field(

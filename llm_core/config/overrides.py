@@ -87,11 +87,20 @@ def _set(
     else:
         problems.add(override.where, override.key, f"{path} is a single value, {node.value!r}; it has no keys")
         return node
-    return Node({**node.value, head: _set(child, rest, join(path, head), tree, override, origin, problems)}, node.origin)
+    return Node(
+        {**node.value, head: _set(child, rest, join(path, head), tree, override, origin, problems)}, node.origin
+    )
 
 
 def _set_item(
-    node: Node, head: str, rest: list[str], path: str, tree: Node, override: Override, origin: Origin, problems: Problems
+    node: Node,
+    head: str,
+    rest: list[str],
+    path: str,
+    tree: Node,
+    override: Override,
+    origin: Origin,
+    problems: Problems,
 ) -> Node:
     items = list(node.value) if isinstance(node.value, list) else []
     name = head.strip("[]")

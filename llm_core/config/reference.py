@@ -27,6 +27,8 @@ def json_schema() -> str:
         "description": "The layers under this file, lowest first; paths are relative to it.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
+    for name in ("metric", "predict_data", "input_data"):  # one where a list may stand
+        _allow_single(schema["properties"][name])
     for path, entry in INERT.items():
         _allow_inert(schema, path, {"description": f"No meaning here: {entry.reason}.", "deprecated": True})
     for part in [schema, *schema["$defs"].values()]:
@@ -36,12 +38,20 @@ def json_schema() -> str:
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
+def _allow_single(part: dict[str, Any]) -> None:
+    options = part.pop("anyOf", None) or [{key: part.pop(key) for key in ("type", "items")}]
+    part["anyOf"] = [*options, *(option["items"] for option in options if "items" in option)]
+
+
 def _allow_inert(schema: dict[str, Any], path: str, entry: dict[str, Any]) -> None:
     """Add one key of the inert table to every section it may stand in."""
     parents = [schema]
     *parts, leaf = re.findall(r"[^.\[\]]+|\[[^\]]+\]", path)
-    if leaf.startswith("["):
-        return  # a whole item of a list: added by type below
+    if leaf.startswith("["):  # a whole item of a list
+        items = schema["properties"][parts[0]]["items"]
+        tag = {"type": {"const": leaf.strip("[]"), **entry}}
+        items["oneOf"].append({"type": "object", "properties": tag, "required": ["type"], **entry})
+        return
     for part in parts:
         wanted = part.strip("[]") if part.startswith("[") else None
         found = []

@@ -64,7 +64,11 @@ def _flow(node: Node) -> str:
 
 @functools.cache
 def _text(value: str) -> str:
-    return yaml.safe_dump(value, width=float("inf"), default_flow_style=True, allow_unicode=True).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, width=float("inf"), default_flow_style=True, allow_unicode=True)
+        .removesuffix("...\n")
+        .strip()
+    )
 
 
 def _scalar(value: Any) -> str:
@@ -74,7 +78,9 @@ def _scalar(value: Any) -> str:
 
         text = _text(value)
         plain = not text.startswith(("'", '"'))
-        return f"'{value}'" if plain and (not isinstance(parse_value(text), str) or set(value) & set("[]{},#")) else text
+        return (
+            f"'{value}'" if plain and (not isinstance(parse_value(text), str) or set(value) & set("[]{},#")) else text
+        )
     if isinstance(value, float):
         text = repr(value)
         return text.replace("e", ".0e") if "e" in text and "." not in text else text  # YAML 1.1 wants the point

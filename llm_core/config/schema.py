@@ -43,7 +43,8 @@ class RunConfig(Section):
         "", "Weights: a file, a folder of files (merged), a folder with rank_N, an output_dir, or an HF folder."
     )
     resume_training: bool | str = key(
-        False, "True = go on from the newest whole checkpoint of output_dir (or load_checkpoint); a file name = from that one."
+        False,
+        "True = go on from the newest whole checkpoint of output_dir or load_checkpoint; a file name = from that one.",
     )
     src_strategy_path_or_dir: str = key("", "Layout of load_checkpoint (several ranks).")
     auto_trans_ckpt: bool = key(False, "Convert load_checkpoint to this run's layout.")

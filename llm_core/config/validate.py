@@ -54,11 +54,15 @@ def _report(tree: Node, path: str, complaints: list[dict[str, Any]], problems: P
         _report_type(tree, path, context, problems)
     elif kind == "literal_error":
         allowed = [part.strip("'") for part in re.split(r", | or ", context["expected"])]
-        problems.add(origin.where, path, f"{first['input']!r} is none of {', '.join(allowed)}" + _near(first["input"], allowed))
+        problems.add(
+            origin.where, path, f"{first['input']!r} is none of {', '.join(allowed)}" + _near(first["input"], allowed)
+        )
     else:
         said = " or ".join(dict.fromkeys(_plain_words(each) for each in complaints))
         value = first["input"]
-        shown = repr(value) if not isinstance(value, dict | list) or len(str(value)) < 60 else f"a {type(value).__name__}"
+        shown = (
+            repr(value) if not isinstance(value, dict | list) or len(str(value)) < 60 else f"a {type(value).__name__}"
+        )
         problems.add(origin.where, path, f"{shown}: {said}")
 
 
@@ -114,7 +118,7 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
     if config.use_parallel and "RANK_SIZE" not in os.environ and "MS_WORKER_NUM" not in os.environ:
         problems.add(
             where("use_parallel"), "use_parallel",
-            "True, but this process was not started by scripts/msrun_launcher.sh; start it so, or add --use_parallel False",
+            "True, but this process was not started by scripts/msrun_launcher.sh; do that, or add --use_parallel False",
         )  # fmt: skip
     need(
         config.model.config.pet_config is None, "model.model_config.pet_config",
@@ -127,7 +131,11 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
         has_data = config.eval_dataset is not None and config.eval_dataset.data_loader.dataset_dir
         need(bool(has_data), "eval_dataset.data_loader.dataset_dir", "no evaluation data; add --eval_dataset_dir FILE")
     if mode == "predict" and prompts:
-        need(bool(config.predict_data or config.input_data), "predict_data", 'no prompt; add --predict_data "..." or a file')
+        need(
+            bool(config.predict_data or config.input_data),
+            "predict_data",
+            'no prompt; add --predict_data "..." or a file',
+        )
 
 
 def _need_training(config: RunConfig, need: Any) -> None:

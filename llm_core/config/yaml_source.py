@@ -61,7 +61,7 @@ def parse_value(text: str) -> Any:
 def read_yaml(path: Path, rank: int, problems: Problems) -> Node:
     """Read one file into a tree; its problems are added to `problems`.
 
-    Raises UserError when the file is missing, is no text, is no YAML, or is not a mapping: then nothing can be said of its keys.
+    Raises UserError when the file is missing, is no text, is no YAML, or is no mapping: then it has no keys to check.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -75,7 +75,9 @@ def read_yaml(path: Path, rank: int, problems: Problems) -> Node:
     root = _compose(path, text)
     if root is None or not isinstance(root, yaml.MappingNode):
         found = {"SequenceNode": "a list", "NoneType": "empty"}.get(type(root).__name__, "a single value")
-        raise UserError(f"{path}:1: a run file is a mapping of sections (model: ..., runner_config: ...); this one is {found}")
+        raise UserError(
+            f"{path}:1: a run file is a mapping of sections (model: ..., runner_config: ...); this one is {found}"
+        )
     return _Converter(path, rank, problems).convert(root)
 
 
@@ -183,7 +185,7 @@ class _Converter:
 
 
 def _parse_int(text: str) -> int:
-    """YAML 1.1's integers, except that `010` is ten and `1:30` is refused: nobody means octal or base 60 in a run file."""
+    """YAML 1.1's integers, except that `010` is ten and `1:30` is refused: nobody means octal or base 60."""
     digits = text.replace("_", "").lower()
     base = {"0x": 16, "0b": 2, "0o": 8}.get(digits.lstrip("+-")[:2], 10)
     return int(digits, base)

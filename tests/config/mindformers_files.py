@@ -1,4 +1,4 @@
-"""YAML in the form that MindFormers ships it (anchors, upload callbacks, keys for other models), written from its facts."""
+"""YAML in the form in which MindFormers ships it: anchors, upload callbacks, keys for other models."""
 
 PRETRAIN_7B = """\
 seed: 0
@@ -254,8 +254,8 @@ PRETRAIN_70B = changed(
     precision_mode: "must_keep_origin_dtype"
     parallel_speed_up_json_path: "/path/to/your/parallel_speed_up.json"
 """),
-    ("    num_heads: 32\n", "    num_heads: 32\n    n_kv_heads: 8\n    ffn_dim_multiplier: 1.3\n    fine_grain_interleave: 2\n"),
-    ("    do_sample: False\n", "    do_sample: False\n    qkv_concat: False\n"),
+    ("    num_heads: 32\n", "    num_heads: 32\n    n_kv_heads: 8\n    ffn_dim_multiplier: 1.3\n"),
+    ("    do_sample: False\n", "    do_sample: False\n    qkv_concat: False\n    fine_grain_interleave: 2\n"),
     ("use_parallel: True\n", """\
 use_parallel: True
 eval_step_interval: -1
@@ -281,7 +281,7 @@ INTERNLM_LORA = changed(
       AutoConfig: internlm_config.InternLMConfig
       AutoTokenizer: [internlm_tokenizer.InternLMTokenizer, null]
 """),
-    ("    async_save: False\n", "    async_save: False\n    keep_checkpoint_max: 3\n    save_trainable_params: False\n"),
+    ("    async_save: False\n", "    async_save: False\n    keep_checkpoint_max: 3\n"),
     ("  device_id: 0\n", '  device_id: 0\n  jit_config:\n    jit_level: "O2"\n'),
 )  # fmt: skip
 

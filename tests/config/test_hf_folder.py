@@ -12,10 +12,22 @@ from llm_core.config.hf_folder import hf_config_to_model_config, is_hf_folder, m
 from llm_core.errors import UserError
 
 TINY = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "max_position_embeddings": 512, "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.fixture
@@ -48,9 +60,11 @@ def test_architecture_comes_from_the_folder(folder: Path) -> None:
 
 def test_command_line_wins_over_the_folder(folder: Path) -> None:
     overrides = [
-        ("load_checkpoint", str(folder)), ("model.model_config.seq_length", "128"), ("processor.tokenizer.vocab_file", "mine.model"),
+        ("load_checkpoint", str(folder)),
+        ("model.model_config.seq_length", "128"),
+        ("processor.tokenizer.vocab_file", "mine.model"),
         ("model.model_config.max_new_tokens", "9"),
-    ]  # fmt: skip
+    ]
     loaded = load_config("predict_llama2_7b", overrides)
     assert loaded.config.model.config.seq_length == 128 and loaded.config.model.config.max_new_tokens == 9
     assert loaded.config.processor.tokenizer.vocab_file == "mine.model"
@@ -73,8 +87,13 @@ def test_rope_parameters_of_the_yaml_are_replaced(folder: Path, tmp_path: Path) 
         "model:\n  arch: {type: LlamaForCausalLM}\n  model_config:\n    type: LlamaConfig\n    extend_method: YARN\n"
         f"    scaling_factor: {{factor: 4, beta_fast: 16}}\nload_checkpoint: {folder}\n"
     )
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 256}  # fmt: skip
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
     (folder / "config.json").write_text(json.dumps({**TINY, "rope_scaling": scaling}))
     config = load_config(run).config.model.config
     assert config.extend_method == "LLAMA3"
@@ -129,10 +148,13 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(change: dict, said
         ({"rope_type": "default"}, "None", 1.0),
         ({"type": "linear", "factor": 2.0}, "PI", 2.0),
         ({"type": "dynamic", "factor": 3.0}, "DYNAMIC_NTK", 3.0),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, "YARN",
-         {"factor": 4.0, "original_max_position_embeddings": 128}),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+            "YARN",
+            {"factor": 4.0, "original_max_position_embeddings": 128},
+        ),
     ],
-)  # fmt: skip
+)
 def test_rope_scaling(hf: dict | None, method: str, factor: object) -> None:
     config = hf_config_to_model_config({**TINY, "rope_scaling": hf})
     assert (config["extend_method"], config["scaling_factor"]) == (method, factor)
@@ -178,4 +200,3 @@ def test_transformers_reads_what_is_written() -> None:
     ours = {**hf_config_to_model_config(TINY), "pad_token_id": 0}
     config = transformers.LlamaConfig.from_dict(model_config_to_hf(ours, intermediate_size=172))
     assert (config.hidden_size, config.num_key_value_heads, config.head_dim, config.rope_theta) == (64, 4, 8, 10000.0)
-

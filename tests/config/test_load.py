@@ -87,7 +87,9 @@ def test_cycle_of_layers(write) -> None:
 
 
 def test_missing_layer(write) -> None:
-    assert re.search(r"run.yaml:1: base_config: .*nowhere.yaml: no such file", problems(write("base_config: nowhere.yaml\n")))
+    assert re.search(
+        r"run.yaml:1: base_config: .*nowhere.yaml: no such file", problems(write("base_config: nowhere.yaml\n"))
+    )
 
 
 # ---- YAML ----
@@ -95,7 +97,8 @@ def test_missing_layer(write) -> None:
 
 def test_anchors_and_merge_keys(write) -> None:
     path = write(
-        MODEL + "train_dataset: &data\n  data_loader: &loader {dataset_dir: a, shuffle: True}\n  input_columns: [input_ids]\n"
+        MODEL
+        + "train_dataset: &data\n  data_loader: &loader {dataset_dir: a, shuffle: True}\n  input_columns: [input_ids]\n"
         "eval_dataset:\n  <<: *data\n  data_loader: {<<: *loader, shuffle: False}\n"
     )
     config = load_config(path).config
@@ -115,8 +118,14 @@ def test_floats_as_people_write_them(text: str, write) -> None:
         ("- a\n- b\n", "run.yaml:1: .*this one is a list"),
         ("", "this one is empty"),
         ("just words\n", "this one is a single value"),
-        (MODEL + "seed: 1\nrun_mode: train\nseed: 2\n", r"run.yaml:9: seed: duplicate key, first given at .*run.yaml:7"),
-        (MODEL + "seed: !!python/object/apply:os.system [ls]\n", "run.yaml:7: the tag .*python/object.* is not allowed"),
+        (
+            MODEL + "seed: 1\nrun_mode: train\nseed: 2\n",
+            r"run.yaml:9: seed: duplicate key, first given at .*run.yaml:7",
+        ),
+        (
+            MODEL + "seed: !!python/object/apply:os.system [ls]\n",
+            "run.yaml:7: the tag .*python/object.* is not allowed",
+        ),
         (MODEL + "seed: !custom 3\n", "run.yaml:7: the tag !custom is not allowed"),
         ("model: [1, 2\nseed: 1\n", r"run.yaml:2: not valid YAML"),
         ("model:\n\tarch: x\n", "run.yaml:2: not valid YAML"),
@@ -172,10 +181,12 @@ def test_every_problem_is_reported_with_its_line(write) -> None:
     lines = [line.replace(str(path.parent) + "/", "") for line in problems(path).splitlines()]
     for expected in (
         "run.yaml:1: sed: unknown key; did you mean seed?",
-        "run.yaml:3: model.arch.type: 'LlamaForCausalML' is none of LlamaForCausalLM, InternLMForCausalLM, FalconForCausalLM; "
+        "run.yaml:3: model.arch.type: 'LlamaForCausalML' is none of LlamaForCausalLM, InternLMForCausalLM, "
+        "FalconForCausalLM; "
         "did you mean LlamaForCausalLM?",
         "run.yaml:6: model.model_config.hiden_size: unknown key; did you mean model.model_config.hidden_size?",
-        "run.yaml:7: model.model_config.compute_dtype: 'flot16' is none of float32, float16, bfloat16; did you mean float16?",
+        "run.yaml:7: model.model_config.compute_dtype: 'flot16' is none of float32, float16, bfloat16; "
+        "did you mean float16?",
         "run.yaml:9: runner_config.epochs: 'many': should be a valid integer, unable to parse string as an integer",
         "run.yaml:10: runner_config.batch_size: 0: should be greater than or equal to 1",
         "run.yaml:11: runner_config.sink_mode: 2: should be a valid boolean, unable to interpret input",
@@ -190,7 +201,9 @@ def test_every_problem_is_reported_with_its_line(write) -> None:
 
 def test_a_key_of_another_section_is_found(write) -> None:
     assert "did you mean runner_config.batch_size?" in problems(write(MODEL + "batch_size: 3\n"))
-    assert "did you mean model.model_config.hidden_size?" in problems(write(MODEL + "runner_config: {hidden_size: 3}\n"))
+    assert "did you mean model.model_config.hidden_size?" in problems(
+        write(MODEL + "runner_config: {hidden_size: 3}\n")
+    )
 
 
 def test_missing_sections(write) -> None:
@@ -260,10 +273,15 @@ def test_overrides_win_and_are_typed(write) -> None:
     assert config.callbacks[2].prompts == ["hello", "a, b"]
     assert config.runner_wrapper.scale_sense == 1000 and config.lr_schedule.learning_rate == 1e-4
     assert config.model.config.stop_strings == ["\n\n"] and config.eval_step_interval == -1
-    assert loaded.origins["seed"] == "--seed" and loaded.origins["callbacks.1.prefix"] == "--callbacks[CheckpointMonitor].prefix"
+    assert (
+        loaded.origins["seed"] == "--seed"
+        and loaded.origins["callbacks.1.prefix"] == "--callbacks[CheckpointMonitor].prefix"
+    )
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("False", False), ("0", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("False", False), ("0", False)]
+)
 def test_truth_values(text: str, value: bool, write) -> None:
     assert load_config(write(MODEL), [("use_parallel", text)]).config.use_parallel is value
 
@@ -290,7 +308,8 @@ def test_bad_overrides(change: tuple[str, str], said: str, write) -> None:
 
 def test_as_yaml_loads_to_the_same_run(write, tmp_path: Path) -> None:
     path = write(
-        MODEL + "output_dir: 'it''s: #1'\npredict_data: ['yes', '1e-5', 'a, b', '[x]', \"new\\nline\", 'null', '  ', '-', 'é']\n"
+        MODEL + "output_dir: 'it''s: #1'\n"
+        "predict_data: ['yes', '1e-5', 'a, b', '[x]', \"new\\nline\", 'null', '  ', '-', 'é']\n"
         "optimizer: {type: AdamW, learning_rate: 1e-5}\nrunner_config: {epochs: 1_000}\n"
         "callbacks:\n  - type: MFLossMonitor\n  - {type: SampleMonitor, prompts: []}\n"
     )

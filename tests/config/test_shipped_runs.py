@@ -126,58 +126,174 @@ BF16 = {
 }
 
 
-def training(size: str, mode: str, *, lr: float, lr_end: float, epochs: int, batch: int, accumulation: int | None, beta2: float,
-             load: str, columns: list[str], layout: dict, scale: int, recompute: bool, memory: str, prefix: str,
-             save_steps: int, sink_size: int = 2, **extra: object) -> dict:  # fmt: skip
+def training(
+    size: str,
+    mode: str,
+    *,
+    lr: float,
+    lr_end: float,
+    epochs: int,
+    batch: int,
+    accumulation: int | None,
+    beta2: float,
+    load: str,
+    columns: list[str],
+    layout: dict,
+    scale: int,
+    recompute: bool,
+    memory: str,
+    prefix: str,
+    save_steps: int,
+    sink_size: int = 2,
+    **extra: object,
+) -> dict:
     """The values of one training file of the tables, by dotted path."""
     return {
-        **TRAINING, **MODEL, **layout, **DYNAMIC, **FP16,
+        **TRAINING,
+        **MODEL,
+        **layout,
+        **DYNAMIC,
+        **FP16,
         **{f"model.model_config.{name}": value for name, value in SIZES[size].items()},
-        "run_mode": mode, "load_checkpoint": load, "trainer.model_name": f"llama2_{size}",
-        "optimizer.learning_rate": lr, "optimizer.beta2": beta2,
-        "lr_schedule.learning_rate": lr, "lr_schedule.lr_end": lr_end,
-        "runner_config.epochs": epochs, "runner_config.batch_size": batch, "runner_config.sink_size": sink_size,
+        "run_mode": mode,
+        "load_checkpoint": load,
+        "trainer.model_name": f"llama2_{size}",
+        "optimizer.learning_rate": lr,
+        "optimizer.beta2": beta2,
+        "lr_schedule.learning_rate": lr,
+        "lr_schedule.lr_end": lr_end,
+        "runner_config.epochs": epochs,
+        "runner_config.batch_size": batch,
+        "runner_config.sink_size": sink_size,
         "runner_config.gradient_accumulation_steps": accumulation,
         "train_dataset.input_columns": columns,
         "runner_wrapper.scale_sense.loss_scale_value": scale,
-        "recompute_config.recompute": recompute, "context.max_device_memory": memory,
-        "callbacks.0.type": "MFLossMonitor", "callbacks.1.type": "CheckpointMonitor",
-        "callbacks.1.prefix": prefix, "callbacks.1.save_checkpoint_steps": save_steps,
+        "recompute_config.recompute": recompute,
+        "context.max_device_memory": memory,
+        "callbacks.0.type": "MFLossMonitor",
+        "callbacks.1.type": "CheckpointMonitor",
+        "callbacks.1.prefix": prefix,
+        "callbacks.1.save_checkpoint_steps": save_steps,
         **extra,
-    }  # fmt: skip
+    }
 
 
 IDS, BOTH = ["input_ids"], ["input_ids", "labels"]
 
 EXPECTED: dict[str, dict] = {
     "pretrain_llama2_7b": training(
-        "7b", "train", lr=5e-5, lr_end=0, epochs=2, batch=1, accumulation=8, beta2=0.95, load="", columns=IDS, layout=DP8,
-        scale=65536, recompute=False, memory="58GB", prefix="llama2_7b", save_steps=100,
+        "7b",
+        "train",
+        lr=5e-5,
+        lr_end=0,
+        epochs=2,
+        batch=1,
+        accumulation=8,
+        beta2=0.95,
+        load="",
+        columns=IDS,
+        layout=DP8,
+        scale=65536,
+        recompute=False,
+        memory="58GB",
+        prefix="llama2_7b",
+        save_steps=100,
     ),
     "pretrain_llama2_13b": training(
-        "13b", "train", lr=1e-4, lr_end=1e-5, epochs=2, batch=2, accumulation=None, beta2=0.95, load="", columns=IDS,
-        layout=DP8, scale=4294967296, recompute=True, memory="58GB", prefix="llama2_13b", save_steps=100,
+        "13b",
+        "train",
+        lr=1e-4,
+        lr_end=1e-5,
+        epochs=2,
+        batch=2,
+        accumulation=None,
+        beta2=0.95,
+        load="",
+        columns=IDS,
+        layout=DP8,
+        scale=4294967296,
+        recompute=True,
+        memory="58GB",
+        prefix="llama2_13b",
+        save_steps=100,
     ),
     "pretrain_llama2_70b": training(
-        "70b", "train", lr=1e-5, lr_end=0, epochs=3, batch=1, accumulation=None, beta2=0.95, load="", columns=IDS,
-        layout=PP8, scale=65536, recompute=False, memory="56GB", prefix="llama_70b", save_steps=1000, **LARGE,
+        "70b",
+        "train",
+        lr=1e-5,
+        lr_end=0,
+        epochs=3,
+        batch=1,
+        accumulation=None,
+        beta2=0.95,
+        load="",
+        columns=IDS,
+        layout=PP8,
+        scale=65536,
+        recompute=False,
+        memory="56GB",
+        prefix="llama_70b",
+        save_steps=1000,
+        **LARGE,
     ),
     "finetune_llama2_7b": training(
-        "7b", "finetune", lr=1e-6, lr_end=0, epochs=2, batch=1, accumulation=None, beta2=0.999,
-        load="{path}/llama2_7b.ckpt", columns=BOTH, layout=DP8, scale=65536, recompute=False, memory="58GB",
-        prefix="llama2_7b", save_steps=100,
+        "7b",
+        "finetune",
+        lr=1e-6,
+        lr_end=0,
+        epochs=2,
+        batch=1,
+        accumulation=None,
+        beta2=0.999,
+        load="{path}/llama2_7b.ckpt",
+        columns=BOTH,
+        layout=DP8,
+        scale=65536,
+        recompute=False,
+        memory="58GB",
+        prefix="llama2_7b",
+        save_steps=100,
         **{"model.model_config.compute_dtype": "bfloat16", "model.model_config.param_init_type": "float32"},
     ),
     "finetune_llama2_13b": training(
-        "13b", "finetune", lr=1e-5, lr_end=0, epochs=2, batch=4, accumulation=None, beta2=0.95,
-        load="{path}/llama2_13b.ckpt", columns=BOTH, layout=DP8, scale=4294967296, recompute=True, memory="58GB",
-        prefix="llama2_13b", save_steps=100, **{"eval_dataset.input_columns": BOTH},
+        "13b",
+        "finetune",
+        lr=1e-5,
+        lr_end=0,
+        epochs=2,
+        batch=4,
+        accumulation=None,
+        beta2=0.95,
+        load="{path}/llama2_13b.ckpt",
+        columns=BOTH,
+        layout=DP8,
+        scale=4294967296,
+        recompute=True,
+        memory="58GB",
+        prefix="llama2_13b",
+        save_steps=100,
+        **{"eval_dataset.input_columns": BOTH},
     ),
     "finetune_llama2_70b": training(
-        "70b", "finetune", lr=1e-5, lr_end=0, epochs=2, batch=1, accumulation=None, beta2=0.99, load="", columns=IDS,
-        layout=PP8, scale=65536, recompute=False, memory="54GB", prefix="llama_70b", save_steps=1000, **LARGE,
+        "70b",
+        "finetune",
+        lr=1e-5,
+        lr_end=0,
+        epochs=2,
+        batch=1,
+        accumulation=None,
+        beta2=0.99,
+        load="",
+        columns=IDS,
+        layout=PP8,
+        scale=65536,
+        recompute=False,
+        memory="54GB",
+        prefix="llama_70b",
+        save_steps=1000,
+        **LARGE,
     ),
-}  # fmt: skip
+}
 
 
 def without_scale(values: dict) -> dict:
@@ -203,10 +319,19 @@ EXPECTED |= {
 }
 
 PREDICT = {
-    **MODEL, **FP16, **DP8, "run_mode": "predict", "load_checkpoint": "", "metric.type": "EmF1Metric", "optimizer": None, "lr_schedule": None,
-    "parallel.enable_parallel_optimizer": False, "model.model_config.softmax_compute_type": "float32",
-    "model.model_config.qkv_concat": False, "context.max_device_memory": "58GB",
-}  # fmt: skip
+    **MODEL,
+    **FP16,
+    **DP8,
+    "run_mode": "predict",
+    "load_checkpoint": "",
+    "metric.type": "EmF1Metric",
+    "optimizer": None,
+    "lr_schedule": None,
+    "parallel.enable_parallel_optimizer": False,
+    "model.model_config.softmax_compute_type": "float32",
+    "model.model_config.qkv_concat": False,
+    "context.max_device_memory": "58GB",
+}
 LARGE_PREDICT = {
     "use_parallel": True,
     "context.ascend_config.precision_mode": "must_keep_origin_dtype",
@@ -214,20 +339,31 @@ LARGE_PREDICT = {
 }
 EXPECTED |= {
     "predict_llama2_7b": {
-        **PREDICT, **{f"model.model_config.{k}": v for k, v in SIZES["7b"].items()}, "use_parallel": False,
+        **PREDICT,
+        **{f"model.model_config.{k}": v for k, v in SIZES["7b"].items()},
+        "use_parallel": False,
         "trainer.model_name": "llama2_7b",
     },
     "predict_llama2_13b": {
-        **PREDICT, **LARGE_PREDICT, **{f"model.model_config.{k}": v for k, v in SIZES["13b"].items()},
-        "trainer.model_name": "llama2_13b", "parallel_config.micro_batch_num": 16,
+        **PREDICT,
+        **LARGE_PREDICT,
+        **{f"model.model_config.{k}": v for k, v in SIZES["13b"].items()},
+        "trainer.model_name": "llama2_13b",
+        "parallel_config.micro_batch_num": 16,
     },
     "predict_llama2_70b": {
-        **PREDICT, **LARGE_PREDICT, **{f"model.model_config.{k}": v for k, v in SIZES["70b"].items()},
-        "trainer.model_name": "llama2_70b", "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 8,
-        "eval_step_interval": -1, "eval_epoch_interval": 50,
-        "model.model_config.layernorm_compute_type": "float16", "model.model_config.softmax_compute_type": "float16",
+        **PREDICT,
+        **LARGE_PREDICT,
+        **{f"model.model_config.{k}": v for k, v in SIZES["70b"].items()},
+        "trainer.model_name": "llama2_70b",
+        "parallel_config.data_parallel": 1,
+        "parallel_config.model_parallel": 8,
+        "eval_step_interval": -1,
+        "eval_epoch_interval": 50,
+        "model.model_config.layernorm_compute_type": "float16",
+        "model.model_config.softmax_compute_type": "float16",
     },
-}  # fmt: skip
+}
 
 
 def test_the_table_covers_every_llama2_run() -> None:
@@ -258,8 +394,14 @@ def test_form(name: str) -> None:
 
 @pytest.mark.parametrize("name", catalog.names("^demo/"))
 def test_demo_runs_anywhere(name: str) -> None:
-    loaded = load_config(name, [("train_dataset.data_loader.dataset_dir", "x"), ("eval_dataset.data_loader.dataset_dir", "y"),
-                                ("predict_data", "hello")])  # fmt: skip
+    loaded = load_config(
+        name,
+        [
+            ("train_dataset.data_loader.dataset_dir", "x"),
+            ("eval_dataset.data_loader.dataset_dir", "y"),
+            ("predict_data", "hello"),
+        ],
+    )
     loaded.require_runnable()
     assert loaded.notes == []
 
