@@ -5,6 +5,7 @@ A line is one write to the file, so a killed process leaves at most one torn lin
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -49,8 +50,12 @@ class MetricsLog:
             raise ValueError(f"{self.path} has been closed")
         line = {"step": int(step)}
         line |= {name: _plain(value) for name, value in values.items() if value is not None}
+        content = (json.dumps(line) + "\n").encode()
         try:
-            os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+            size = os.fstat(self._descriptor).st_size
+            if os.write(self._descriptor, content) < len(content):  # a disk that is just becoming full
+                os.ftruncate(self._descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise _fault(self.path, error) from error
 

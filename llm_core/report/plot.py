@@ -99,6 +99,8 @@ def _add_token_axis(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
     if len(steps) < 2:
         return
     seen = np.cumsum(tokens)
+    if seen[-1] <= 0:
+        return
     knots, counts = np.append(steps[0] - 1, steps), np.append(0.0, seen)
     top = axes.secondary_xaxis(
         "top",

@@ -124,6 +124,27 @@ def test_plot_of_one_step_and_of_none(tmp_path):
         assert log.plot().stat().st_size > 5000
 
 
+def test_plot_of_evaluations_alone_and_of_steps_without_tokens(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(step=10, eval_loss=2.0)
+        assert log.plot() is not None
+        for step in (11, 12, 13):
+            log.write(step=step, loss=0.0, lr=0.0, supervised_tokens=0)
+        assert log.plot() is not None
+
+
+def test_a_disk_that_becomes_full_leaves_whole_lines(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path)
+    log.write(step=1, loss=1.0)
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: whole(descriptor, content[:5]))
+    with pytest.raises(EnvironmentFault, match="No space left"):
+        log.write(step=2, loss=1.0)
+    monkeypatch.undo()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+    log.close()
+
+
 def test_a_step_run_twice_counts_as_it_last_went():
     lines = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 3, "loss": None}]
     steps, losses = column(lines, "loss")
