@@ -48,7 +48,9 @@ def check(loaded: LoadedConfig) -> int:
     tokenizer = _check_tokenizer(table, config, spec)
     kinds = ["train"] * training + ["eval"] * (config.run_mode == "eval" or (training and config.do_eval))
     for kind in kinds:
-        _check_data(table, config, kind, tokenizer)
+        dataset = getattr(config, f"{kind}_dataset")
+        if dataset is not None and dataset.data_loader.dataset_dir:  # else the config's line has said so
+            _check_data(table, config, kind, tokenizer)
     if training and config.resume_training is True and not config.load_checkpoint:
         table.look("resume", lambda: _resume_point(config))
     if config.load_checkpoint and spec:
@@ -282,7 +284,7 @@ def _first_record(loader: Loader, config: RunConfig, tokenizer: Tokenizer) -> st
     learnt = learnt_tokens(batch, config.model.config.pad_token_id)
     text = as_text(batch.input_ids[0, :_SHOWN_TOKENS], learnt[0, :_SHOWN_TOKENS], tokenizer)
     more = batch.input_ids.shape[1] - _SHOWN_TOKENS
-    return f"record {batch.record_ids[0]}, {legend()}:\n{text}" + (f" ... ({more} more tokens)" if more > 0 else "")
+    return f"record {batch.record_ids[0]}, {legend()}:\n{text}" + (f" ... ({more} more)" if more > 0 else "")
 
 
 # --------------------------------------------------------------------------------------------------- weights
