@@ -7,6 +7,7 @@ MindFormers' layout::
                                      {prefix}_rank_{r}-best.json                    the best by a metric
                                      meta.json                                      the last one
     {output_dir}/checkpoint_network/rank_{r}/                                       weights alone, on request
+    {output_dir}/checkpoint_trainable/rank_{r}/                                     trainable weights, on request
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +41,9 @@ _ROOM_FOR_JSON = 1 << 16
 class CheckpointStore:
     """Saves and reads the checkpoints of `output_dir` for one rank.
 
-    Only the run that holds `lock_output_dir(output_dir)` may save. `keep_max` newest checkpoints are kept
-    (0: all); with `keep_max=0`, `keep_per_minutes=n` keeps the newest and one per n minutes of the past. The best
-    (`keep_best`: the name of the metric given to `save`, lower is better) and the last are never deleted.
+    Only the run that holds `lock_output_dir(output_dir)` may save. The `keep_max` newest checkpoints are kept (0: all),
+    and with `keep_per_minutes=n` the first of every n minutes besides. The best (`keep_best`: the name of the metric
+    given to `save`, lower is better) and the last are never deleted.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class CheckpointStore:
         if file_format not in ("safetensors", "ckpt"):
             raise UserError(f"checkpoint_format: {file_format!r} is not known; use safetensors or ckpt")
         self.folder = Path(output_dir) / "checkpoint" / f"rank_{rank}"
-        self.network_folder = Path(output_dir) / "checkpoint_network" / f"rank_{rank}"
+        self._network_folder = Path(output_dir) / "checkpoint_network" / f"rank_{rank}"
+        self._trainable_folder = Path(output_dir) / "checkpoint_trainable" / f"rank_{rank}"
         self._stem = f"{prefix}_rank_{rank}"
         self._suffix = f".{file_format}"
         self._keep_max = keep_max
@@ -79,11 +81,13 @@ class CheckpointStore:
         tensors: Mapping[str, np.ndarray],
         state: dict | None = None,
         metric: float | None = None,
+        trainable: Container[str] | None = None,
     ) -> Path:
         """Save one checkpoint and return its path; when this returns, it is on the disk.
 
         tensors: weights under the model's names and optimizer state as `slot.parameter` (adam_m.model...).
         state: anything JSON holds (loss scale, data cursor, counters); `read` gives it back.
+        trainable: names of the weights to be written alone into checkpoint_trainable/ as well.
         Raises EnvironmentFault (disk full, no permission); the earlier checkpoints are then as they were.
         """
         if not self._cleaned:
@@ -91,9 +95,12 @@ class CheckpointStore:
         name = f"{self._stem}-{epoch}_{step}{self._suffix}"
         serial = 1 + max((version.serial for version in self._versions().values()), default=0)
         version = Version("", 0, epoch, step, serial, time.time(), metric, state or {})
+        weights = without_state(tensors)
         if self._save_network_params:
-            weights = {key: tensors[key] for key in without_state(tensors)}
-            self._write(self.network_folder / name, weights, version)
+            self._write(self._network_folder / name, {key: tensors[key] for key in weights}, version)
+        if trainable is not None:
+            some = {key: tensors[key] for key in weights if key in trainable}
+            self._write(self._trainable_folder / name, some, version)
         path = self.folder / name
         self._write(path, tensors, version)
         self._point(self.folder / "meta.json", path, last_epoch=epoch, last_step=step)
@@ -125,7 +132,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a killed run left: temporary files, and manifests whose file is gone or never came."""
-        for folder in (self.folder, self.network_folder):
+        for folder in (self.folder, self._network_folder, self._trainable_folder):
             if folder.is_dir():
                 remove_stale(folder)
                 for manifest in folder.glob(f"*{MANIFEST_SUFFIX}"):
@@ -134,21 +141,18 @@ class CheckpointStore:
         self._cleaned = True
 
     def _prune(self, last: Path) -> None:
-        newest_first = sorted(self._versions().items(), key=lambda item: -item[1].serial)
-        keep = {last, self.best()}
-        if self._keep_max > 0:
-            keep.update(path for path, _ in newest_first[: self._keep_max])
-        elif self._keep_per_minutes > 0:
-            window = 60 * self._keep_per_minutes
-            # the first save of each window of wall time stays
-            keep.update({version.saved_at // window: path for path, version in newest_first}.values())
-        else:
+        if self._keep_max <= 0:
             return
+        newest_first = sorted(self._versions().items(), key=lambda item: -item[1].serial)
+        keep = {last, self.best(), *(path for path, _ in newest_first[: self._keep_max])}
+        if self._keep_per_minutes > 0:
+            window = 60 * self._keep_per_minutes
+            keep.update({version.saved_at // window: path for path, version in newest_first}.values())
         for path, _ in newest_first:
             if path not in keep:
-                for gone in (path, self.network_folder / path.name):
-                    gone.unlink(missing_ok=True)
-                    manifest_path(gone).unlink(missing_ok=True)
+                for folder in (self.folder, self._network_folder, self._trainable_folder):
+                    (folder / path.name).unlink(missing_ok=True)
+                    manifest_path(folder / path.name).unlink(missing_ok=True)
 
     # ---- finding and reading
 
@@ -160,7 +164,7 @@ class CheckpointStore:
 
     def _files(self) -> list[Path]:
         pattern = re.compile(re.escape(self._stem) + r"-\d+_\d+\.(safetensors|ckpt)")
-        return [path for path in self.folder.glob(f"{self._stem}-*") if pattern.fullmatch(path.name)]
+        return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)] if self.folder.is_dir() else []
 
     def _versions(self) -> dict[Path, Version]:
         """This run's checkpoints with the newest entry of their manifests."""

@@ -79,22 +79,24 @@ def test_the_best_outlives_keep_max(tmp_path):
 
 
 def test_keep_per_minutes(tmp_path, monkeypatch):
-    store = CheckpointStore(tmp_path, "llama", keep_max=0, keep_per_minutes=10)
-    for step, minute in enumerate((0, 3, 9, 11, 19, 25, 28)):
+    store = CheckpointStore(tmp_path, "[llama]", keep_max=2, keep_per_minutes=10)
+    for step, minute in enumerate((0, 3, 9, 11, 19, 25, 27, 28)):
         monkeypatch.setattr("llm_core.checkpoint.store.time.time", lambda minute=minute: 60.0 * minute + 6e6)
         store.save(1, step, tensors(step))
     assert [n for n in names(store) if n.endswith(".safetensors")] == [
-        f"llama_rank_0-1_{step}.safetensors" for step in (0, 3, 5, 6)
+        f"[llama]_rank_0-1_{step}.safetensors" for step in (0, 3, 5, 6, 7)
     ]
 
 
 def test_weights_alone_on_request(tmp_path):
     store = CheckpointStore(tmp_path, "llama", keep_max=1, save_network_params=True)
-    store.save(1, 1, tensors())
-    store.save(1, 2, tensors(5))
-    files = list((tmp_path / "checkpoint_network/rank_0").glob("*.safetensors"))
-    assert [file.name for file in files] == ["llama_rank_0-1_2.safetensors"]
-    assert list(read_weights(files[0])) == ["model.norm_out.weight"]
+    both = tensors() | {"lora": np.ones(2, np.float32), "adam_m.lora": np.ones(2, np.float32)}
+    store.save(1, 1, both, trainable={"lora"})
+    store.save(1, 2, both, trainable={"lora"})
+    for folder, wanted in (("network", ["model.norm_out.weight", "lora"]), ("trainable", ["lora"])):
+        files = list((tmp_path / f"checkpoint_{folder}/rank_0").glob("*.safetensors"))
+        assert [file.name for file in files] == ["llama_rank_0-1_2.safetensors"]
+        assert list(read_weights(files[0])) == wanted
 
 
 def test_two_ranks_have_their_own_folders(tmp_path):
