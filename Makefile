@@ -23,12 +23,12 @@ $(VENV)/.ready: setup.py
 	       "Found: $$(python3 --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "== setting up $(VENV) with $$($(PYTHON) --version) (1 to 3 minutes, once)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
 $(VENV)/.parity: setup.py $(VENV)/.ready
 	@echo "== installing torch, transformers and peft into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test,parity]'
 	@touch $@
 
 demo: setup
