@@ -56,6 +56,33 @@ def decode_integers(blob: np.ndarray) -> np.ndarray:
     return wide.view("<i8") >> _SHIFTS[bitmap].reshape(-1)[:count]
 
 
+def read_header(path: Path) -> dict:
+    """The header of a data file; `shard_addresses` are the names of all files of its data set, in order.
+
+    UserError where the file is absent, empty or no MindRecord.
+    """
+    size = _size(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if not 2 <= length <= min(size, _MAX_HEADER_BYTES) - 8:
+                raise ValueError("no header")
+            header = json.loads(file.read(length))
+            header["header_size"], header["page_size"], header["page"], header["shard_addresses"]
+            header["schema"][0]["schema"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise UserError(
+                f"{path}: not a MindRecord file (no readable header), or damaged. Write it with "
+                "tools/dataset_preprocess, or give the right file."
+            ) from None
+    if str(header.get("version")) != "3.0":
+        raise UserError(
+            f"{path}: MindRecord version {header.get('version')}; only 3.0 can be read. Write the data set again "
+            "with tools/dataset_preprocess."
+        )
+    return header
+
+
 class Shard:
     """One data file with its `.db`: `num_records`, `columns` (names of integer array columns), `row(i)`.
 
@@ -72,8 +99,7 @@ class Shard:
                 f"belong together: copy {_index_path(path).name} beside it, or write the data set again."
             )
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        header = self._read_header(size)
-        self.shard_names: list[str] = [str(name) for name in header["shard_addresses"]]
+        header = read_header(path)
         self._blob_fields: list[str] = list(header["schema"][0].get("blob_fields", []))
         fields = header["schema"][0]["schema"]
         self.columns = [n for n in self._blob_fields if fields[n].get("type") in ("int32", "int64")]
@@ -111,26 +137,6 @@ class Shard:
         if position != blob.size:
             raise Damaged("the columns do not fill the record")
         return columns
-
-    def _read_header(self, size: int) -> dict:
-        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
-        try:
-            if not 2 <= length <= min(size, _MAX_HEADER_BYTES) - 8:
-                raise ValueError("no header")
-            header = json.loads(os.pread(self._file, length, 8))
-            header["header_size"], header["page_size"], header["page"], header["shard_addresses"]
-            header["schema"][0]["schema"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise UserError(
-                f"{self.path}: not a MindRecord file (no readable header), or damaged. Write it with "
-                "tools/dataset_preprocess, or give the right file."
-            ) from None
-        if str(header.get("version")) != "3.0":
-            raise UserError(
-                f"{self.path}: MindRecord version {header.get('version')}; only 3.0 can be read. Write the "
-                "data set again with tools/dataset_preprocess."
-            )
-        return header
 
     def _read_index(self, header: dict, size: int) -> tuple[np.ndarray, np.ndarray]:
         """File offset int64 [rows] and length int64 [rows] (with the leading u64) of every row."""

@@ -11,17 +11,19 @@ MindFormers (no manifest) are read as well.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_core.data.manifest import SUFFIX, read_manifest, sha256
-from llm_core.data.mindrecord import Damaged, Shard
+from llm_core.data.mindrecord import Damaged, Shard, read_header
 from llm_core.data.record_writer import RecordWriter
-from llm_core.errors import UserError
+from llm_core.errors import EnvironmentFault, UserError
 
 __all__ = ["RecordFile", "RecordWriter"]
 
@@ -41,10 +43,11 @@ class RecordFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.files = _find_files(self.path)
-        self.manifests = _find_manifests(self.files)
-        self._check_sizes()
-        self._shards = [Shard(file) for file in self.files]
+        with _environment_faults(self.path):
+            self.files = _find_files(self.path)
+            self.manifests = _find_manifests(self.files)
+            self._check_sizes()
+            self._shards = [Shard(file) for file in self.files]
         self._ends = np.cumsum([shard.num_records for shard in self._shards])
         self.num_records = int(self._ends[-1])
         if self.num_records == 0:
@@ -54,18 +57,19 @@ class RecordFile:
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Records by number, int [n] (0 <= number < num_records, any order) -> {name: int32 [n, width]}.
 
-        UserError names file and record where the data is damaged or a record has another width.
+        UserError names file and record where the data is damaged or a record has another width;
+        EnvironmentFault where the disk fails.
         """
         numbers = np.asarray(indices, np.int64).reshape(-1)
         batch = {name: np.empty((len(numbers), width), np.int32) for name, width in self.columns.items()}
         for position, number in enumerate(numbers):
             shard, row = self._locate(int(number))
             try:
-                record = shard.row(row)
+                with _environment_faults(shard.path):
+                    record = shard.row(row)
             except Damaged as error:
                 raise UserError(
-                    f"{shard.path}: record {row} is damaged: {error}. Copy the file again, "
-                    "or write the data set again."
+                    f"{shard.path}: record {row} is damaged: {error}. Copy the file again, or write the data set again."
                 ) from None
             for name, width in self.columns.items():
                 batch[name][position] = _checked(record[name], name, width, shard.path, row)
@@ -81,7 +85,9 @@ class RecordFile:
         checked = 0
         for manifest_path, manifest in self.manifests.items():
             for name, facts in manifest["files"].items():
-                if sha256(manifest_path.parent / name) != facts["sha256"]:
+                with _environment_faults(manifest_path.parent / name):
+                    found = sha256(manifest_path.parent / name)
+                if found != facts["sha256"]:
                     raise UserError(
                         f"{manifest_path.parent / name}: damaged: its sha256 is not the one in "
                         f"{manifest_path.name}. Copy it again, or write the data set again."
@@ -126,10 +132,17 @@ class RecordFile:
         try:
             record = first.row(0)
         except Damaged as error:
-            raise UserError(
-                f"{first.path}: record 0 is damaged: {error}. Write the data set again."
-            ) from None
+            raise UserError(f"{first.path}: record 0 is damaged: {error}. Write the data set again.") from None
         return {name: len(record[name]) for name in first.columns}
+
+
+@contextlib.contextmanager
+def _environment_faults(path: Path) -> Iterator[None]:
+    """No permission, a disk that fails -> EnvironmentFault."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(f"{error.filename or path}: cannot read: {error.strerror or error}") from error
 
 
 def _checked(values: np.ndarray, name: str, width: int, path: Path, row: int) -> np.ndarray:
@@ -139,9 +152,7 @@ def _checked(values: np.ndarray, name: str, width: int, path: Path, row: int) ->
             "have one length. Write the data set again."
         )
     if len(values) and (values.min() < -(2**31) or values.max() >= 2**31):
-        raise UserError(
-            f"{path}: record {row}: a value of {name} does not fit int32. Write the data set again."
-        )
+        raise UserError(f"{path}: record {row}: a value of {name} does not fit int32. Write the data set again.")
     return values
 
 
@@ -152,14 +163,10 @@ def _find_files(path: Path) -> list[Path]:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             found += [Path(folder) / name for name in names if _RECORD_NAME.search(name)]
         if not found:
-            raise UserError(
-                f"{path}: no *.mindrecord in this folder. Give the folder or file of the records."
-            )
+            raise UserError(f"{path}: no *.mindrecord in this folder. Give the folder or file of the records.")
         return sorted(found)
     if not path.exists():
-        shards = sorted(
-            f for f in path.parent.iterdir() if re.fullmatch(re.escape(path.name) + r"\d+", f.name)
-        )
+        shards = sorted(f for f in path.parent.iterdir() if re.fullmatch(re.escape(path.name) + r"\d+", f.name))
         if not shards:
             raise UserError(f"{path}: no such file or folder. Give a MindRecord file or a folder of them.")
         path = shards[0]
@@ -167,16 +174,12 @@ def _find_files(path: Path) -> list[Path]:
 
 
 def _with_its_shards(path: Path) -> list[Path]:
-    shard = Shard(path)
-    names = shard.shard_names
-    shard.close()
+    names = [str(name) for name in read_header(path)["shard_addresses"]]
     if len(names) < 2 or path.name not in names:
         return [path]
     for name in names:
         if not (path.parent / name).exists():
-            raise UserError(
-                f"{path.parent / name}: missing: {path.name} is one of {len(names)} shards. Copy them all."
-            )
+            raise UserError(f"{path.parent / name}: missing: {path.name} is one of {len(names)} shards. Copy them all.")
     return [path.parent / name for name in names]
 
 
@@ -189,8 +192,7 @@ def _find_manifests(files: list[Path]) -> dict[Path, dict[str, Any]]:
             manifest = read_manifest(manifest_path)
             if manifest.get("incomplete"):
                 raise UserError(
-                    f"{file}: its writer was stopped while it moved the files into place. Write the "
-                    "data set again."
+                    f"{file}: its writer was stopped while it moved the files into place. Write the data set again."
                 )
             if file.name in manifest.get("files", {}):
                 manifests[manifest_path] = manifest

@@ -59,9 +59,7 @@ def test_ranks_together_are_the_global_batch(records: RecordFile, world: int, dr
     alone = ids(loader(records, num_samples=61, drop_remainder=drop).epoch(1))
     shares = [
         ids(
-            loader(
-                records, num_samples=61, drop_remainder=drop, batch_size=8 // world, rank=rank, world=world
-            ).epoch(1)
+            loader(records, num_samples=61, drop_remainder=drop, batch_size=8 // world, rank=rank, world=world).epoch(1)
         )
         for rank in range(world)
     ]
@@ -91,16 +89,12 @@ def test_shift_masks_by_input_padding_and_labels() -> None:
     assert tokens.tolist() == [[1, 5, 6, 0]] and targets.tolist() == [[5, 6, 0, -100]]
     assert shift(Batch(ids, None, np.array([0])), pad_token_id=-1)[1].tolist() == [[5, 6, 0, 0]]
     assert shift(Batch(ids, labels, np.array([0])), pad_token_id=0)[1].tolist() == [[-100, 6, 7, -100]]
-    assert shift(Batch(ids, labels, np.array([0])), 0, ignore_token_id=7)[1].tolist() == [
-        [-100, 6, -100, -100]
-    ]
+    assert shift(Batch(ids, labels, np.array([0])), 0, ignore_token_id=7)[1].tolist() == [[-100, 6, -100, -100]]
     assert tokens.dtype == targets.dtype == np.int32 and tokens.flags.c_contiguous
 
 
 def test_another_length_is_refused_with_both_numbers(records: RecordFile) -> None:
-    with pytest.raises(
-        UserError, match=r"train\.mindrecord.*holds 17 input_ids.*seq_length 32.*33.*seq_length 16"
-    ):
+    with pytest.raises(UserError, match=r"train\.mindrecord.*holds 17 input_ids.*seq_length 32.*33.*seq_length 16"):
         loader(records, seq_length=32)
     with pytest.raises(UserError, match="seq_length 17 a train record must hold 18"):
         loader(records, seq_length=17)
@@ -119,9 +113,7 @@ def test_a_missing_column_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_id_beyond_the_vocabulary_names_file_record_and_id(records: RecordFile) -> None:
-    with pytest.raises(
-        UserError, match=r"train\.mindrecord: record 0: input_ids\[1\] is 999, outside .* 0 \.\. 998"
-    ):
+    with pytest.raises(UserError, match=r"train\.mindrecord: record 0: input_ids\[1\] is 999, outside .* 0 \.\. 998"):
         list(loader(records, vocab_size=999, shuffle=False).epoch(0))
 
 

@@ -36,9 +36,7 @@ def test_manifest_counts_and_hashes(record_path: Path, records: RecordFile) -> N
     assert manifest["records"] == 530 and manifest["source"] == "made"
     assert sorted(manifest["files"]) == ["train.mindrecord", "train.mindrecord.db"]
     assert records.verify() == 2
-    assert sorted(os.listdir(record_path.parent)) == sorted(
-        [*manifest["files"], "train.mindrecord.manifest.json"]
-    )
+    assert sorted(os.listdir(record_path.parent)) == sorted([*manifest["files"], "train.mindrecord.manifest.json"])
 
 
 def test_mindspore_reads_what_we_write(record_path: Path, rows: dict[str, np.ndarray]) -> None:
@@ -51,9 +49,7 @@ def test_mindspore_reads_what_we_write(record_path: Path, rows: dict[str, np.nda
     assert index == 529
 
 
-def test_output_is_the_same_whatever_the_size_of_the_calls(
-    tmp_path: Path, rows: dict[str, np.ndarray]
-) -> None:
+def test_output_is_the_same_whatever_the_size_of_the_calls(tmp_path: Path, rows: dict[str, np.ndarray]) -> None:
     hashes = []
     for size in (1, 97):
         path = tmp_path / str(size) / "same.mindrecord"
@@ -321,3 +317,19 @@ def test_different_columns_in_one_folder(copied: Path) -> None:
     write_ones(copied.parent / "other.mindrecord", 3)
     with pytest.raises(UserError, match="must have the same columns"):
         RecordFile(copied.parent)
+
+
+def test_a_failing_disk(records: RecordFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("llm_core.data.mindrecord.os.pread", fail)
+    with pytest.raises(EnvironmentFault, match="train.mindrecord: cannot read: Input/output error"):
+        records.read(np.arange(3))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(copied: Path) -> None:
+    copied.chmod(0)
+    with pytest.raises(EnvironmentFault, match="train.mindrecord: cannot read: Permission denied"):
+        RecordFile(copied)
