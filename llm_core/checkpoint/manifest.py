@@ -41,9 +41,11 @@ def read_manifest(path: Path) -> list[Version]:
     """The versions that the manifest of `path` allows, newest first; [] when there is no (readable) manifest."""
     try:
         content = json.loads(manifest_path(path).read_text())
-        return [Version(**version) for version in content["versions"]]
+        versions = [Version(**version) for version in content["versions"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    whole = all(isinstance(n, int) for v in versions for n in (v.size, v.epoch, v.step, v.serial))
+    return versions if whole and all(isinstance(v.state, dict) for v in versions) else []
 
 
 def write_manifest(path: Path, versions: list[Version]) -> None:

@@ -13,6 +13,7 @@ MindFormers' layout::
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Container, Mapping
@@ -94,6 +95,8 @@ class CheckpointStore:
             self.clean()
         name = f"{self._stem}-{epoch}_{step}{self._suffix}"
         serial = 1 + max((version.serial for version in self._versions().values()), default=0)
+        if metric is not None and not math.isfinite(metric):
+            metric = None
         version = Version("", 0, epoch, step, serial, time.time(), metric, state or {})
         weights = without_state(tensors)
         if self._save_network_params:
@@ -103,7 +106,7 @@ class CheckpointStore:
             self._write(self._trainable_folder / name, some, version)
         path = self.folder / name
         self._write(path, tensors, version)
-        self._point(self.folder / "meta.json", path, last_epoch=epoch, last_step=step)
+        write_json(self.folder / "meta.json", {"last_epoch": epoch, "last_step": step, "last_ckpt_file": name})
         if self._keep_best is not None and metric is not None and self._is_best(metric):
             write_json(self._best_pointer, {"file": name, "metric": self._keep_best, "value": metric})
         self._prune(path)
@@ -117,18 +120,16 @@ class CheckpointStore:
             write_tensors(staged, heads, tensors.__getitem__, metadata)
             commit_with_manifest(staged, replace(version, sha256=staged.sha256, size=staged.size))
 
-    def _point(self, pointer: Path, path: Path, **fields: int) -> None:
-        write_json(pointer, {**fields, "last_ckpt_file": path.name})
-
     @property
     def _best_pointer(self) -> Path:
         return self.folder / f"{self._stem}-best.json"
 
     def _is_best(self, metric: float) -> bool:
         best = _read_json(self._best_pointer)
-        if best.get("metric") != self._keep_best or not (self.folder / str(best.get("file"))).exists():
-            return metric == metric  # NaN is never the best
-        return metric < best["value"]
+        value = best.get("value")
+        if self.best() is None or best.get("metric") != self._keep_best or not isinstance(value, int | float):
+            return True
+        return metric < value
 
     def clean(self) -> None:
         """Remove what a killed run left: temporary files, and manifests whose file is gone or never came."""

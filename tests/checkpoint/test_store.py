@@ -145,6 +145,19 @@ def test_a_checkpoint_damaged_under_the_same_store_is_noticed(tmp_path):
         store.read(path)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"versions": [{"x": 1}]}', '{"versions": [{"sha256": 1, "size": "1"}]}'])
+def test_a_damaged_manifest_is_damage(tmp_path, content):
+    store = CheckpointStore(tmp_path, "llama", keep_best="eval_loss")
+    first, second = (store.save(1, step, tensors(step), metric=1.0) for step in (1, 2))
+    second.with_name(f"{second.name}.manifest.json").write_text(content)
+    (store.folder / "llama_rank_0-best.json").write_text(content)
+    fresh = CheckpointStore(tmp_path, "llama", keep_best="eval_loss")
+    assert fresh.latest() == first
+    with pytest.raises(UserError, match="manifest"):
+        fresh.read(second)
+    assert fresh.save(1, 3, tensors(3), metric=9.0) == fresh.latest() == fresh.best()
+
+
 def test_a_lost_meta_json_and_a_lost_newest_file(tmp_path):
     store = CheckpointStore(tmp_path, "llama")
     first, second = (store.save(1, step, tensors(step)) for step in (9, 10))
