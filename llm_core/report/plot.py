@@ -66,7 +66,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def _draw_train(axes: Any, steps: np.ndarray, losses: np.ndarray) -> None:
     if not len(steps):
         return
-    window = max(1, min(len(losses) // 30, 100))
+    window = 2 * min(len(losses) // 60, 50) + 1
     if window > 1:
         axes.plot(steps, losses, color=RAW, linewidth=0.8, alpha=0.8, label="training, each step")
     name = "training" if window == 1 else f"training, mean of {window} steps"
