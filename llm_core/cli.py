@@ -7,13 +7,13 @@ mistake ends in one message and exit code 2, a fault of the machine in exit code
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_core.errors import EnvironmentFault, UserError
-from llm_core.runtime import prepare_environment
 
 if TYPE_CHECKING:
     from llm_core.config import LoadedConfig
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins takes 40 ms
-    prepare_environment()  # what MindSpore reads at its import, wherever that happens
+    gc.disable()  # until the run begins: what is made before lives as long as the process
     try:
         return _dispatch(argv)
     except UserError as error:
@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    finally:
+        gc.enable()
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -142,10 +144,19 @@ def _begin(loaded: LoadedConfig) -> None:
     """What precedes every run: the lines about mapped and meaningless keys, and the user's own code."""
     from llm_core.report.console import console
 
+    _get_ready()
     for note in loaded.notes:
         console.info(note)
     if loaded.register_path is not None:
         _import_from(loaded.register_path)
+
+
+def _get_ready() -> None:
+    """What precedes all that may import MindSpore: the environment that it reads at its import."""
+    from llm_core.runtime import prepare_environment
+
+    gc.enable()
+    prepare_environment()
 
 
 def _import_from(name: str) -> None:
@@ -248,12 +259,14 @@ def _chat(argv: list[str]) -> int:
 
 
 def _show_data(argv: list[str]) -> int:
+    _get_ready()
     from llm_core.data.show import main as show
 
     return show(argv)
 
 
 def _doctor(argv: list[str]) -> int:
+    _get_ready()
     from llm_core.report.doctor import main as doctor
 
     return doctor(argv)
