@@ -62,7 +62,7 @@ fi
 records qa "$corpus/conversations.json" "$out/qa.mindrecord"
 
 headline "6/7 fine-tuning on them"
-train "$out/finetune" "$out/pretrain" --config configs/demo/finetune_llama_demo.yaml --do_eval False \
+train "$out/finetune" "$out/pretrain" --config configs/demo/finetune_llama_demo.yaml --do_eval False --epochs 1 \
     --train_dataset_dir "$out/qa.mindrecord"
 
 headline "7/7 answers"

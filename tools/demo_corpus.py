@@ -41,6 +41,7 @@ QUESTIONS = (
     "What is the class collections.OrderedDict?",
     "What is the Python module argparse for?",
 )
+PAIRS = 2400  # as many as a few minutes of fine-tuning read once
 ANSWER_LENGTH = (30, 400)  # characters
 
 
@@ -134,7 +135,8 @@ def write_pairs(docstrings: list[Docstring], path: Path) -> None:
         if doc.kind == "function":
             ask = "Describe this Python function in a sentence or two."
             pairs.append({"instruction": ask, "input": f"def {doc.signature}", "output": answer})
-    _write(path, json.dumps(pairs, ensure_ascii=False, indent=1))
+    stride = max(1, len(pairs) // PAIRS)  # evenly over the library, which comes in alphabetical order
+    _write(path, json.dumps(pairs[::stride][:PAIRS], ensure_ascii=False, indent=1))
 
 
 def _question(doc: Docstring) -> str:
