@@ -108,14 +108,17 @@ def _walk(node: ast.AST, name: str) -> Iterator[Docstring]:
 
 
 def write_texts(docstrings: list[Docstring], train: Path, valid: Path) -> None:
-    """Paragraphs between blank lines; whole documents go to one side, so that valid.txt is unseen text."""
+    """Paragraphs between blank lines. Whole documents go to one side, and valid.txt loses the paragraphs that
+    documents of the other side repeat, so that it is unseen text."""
     documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     documents += [d.text for d in docstrings]
     documents = list(dict.fromkeys(text.strip() for text in documents if len(text) > 40))
-    held_out = documents[::VALID_EVERY]
-    rest = [text for index, text in enumerate(documents) if index % VALID_EVERY]
-    for path, part in ((train, rest), (valid, held_out)):
-        _write(path, "\n\n".join(paragraph for text in part for paragraph in _paragraphs(text)) + "\n")
+    parts = [_paragraphs(text) for text in documents]
+    read = [part for index, document in enumerate(parts) if index % VALID_EVERY for part in document]
+    seen = set(read)
+    held_out = [part for document in parts[::VALID_EVERY] for part in document if part not in seen]
+    _write(train, "\n\n".join(read) + "\n")
+    _write(valid, "\n\n".join(held_out) + "\n")
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -193,6 +196,7 @@ with open(part, "wb") as file:
     sentencepiece.SentencePieceTrainer.train(
         input=text, model_writer=file, vocab_size=int(vocab_size), model_type="bpe", byte_fallback=True,
         split_digits=True, character_coverage=0.9995, max_sentence_length=16384, num_threads=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
 """
 
