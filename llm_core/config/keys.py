@@ -243,20 +243,18 @@ def _names(shape: Shape) -> str:
 
 
 def all_keys(section: type[Section] | None = None, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key, as the command line writes it: `runner_config.epochs`, `callbacks[CheckpointMonitor].prefix`."""
+    """Every key, as the command line writes it: `runner_config.epochs`, `callbacks[CheckpointMonitor].prefix`.
+
+    A key that several types of a section have comes once for each.
+    """
     if section is None:
         from llm_core.config.schema import RunConfig as section
     shapes = shapes_of(section)
     for name, info in fields_of(section).items():
         shape, child = shapes[name], join(path, name)
         yield child, info
-        done: set[str] = set()
         for tag, cls in shape.sections.items():
-            inner = f"{child}[{tag}]" if shape.in_list and tag else child
-            for inner_path, inner_info in all_keys(cls, inner):
-                if inner_path not in done:
-                    done.add(inner_path)
-                    yield inner_path, inner_info
+            yield from all_keys(cls, f"{child}[{tag}]" if shape.in_list and tag else child)
 
 
 def nearest_key(name: str, section: type[Section] | None, path: str) -> str:

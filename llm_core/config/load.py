@@ -13,10 +13,11 @@ from typing import Any
 
 from llm_core.config import catalog, compat, keys, validate
 from llm_core.config import hf_folder as hf
+from llm_core.config.model_section import LlamaConfig
 from llm_core.config.overrides import RANK, Override, apply_overrides
 from llm_core.config.render import as_yaml
 from llm_core.config.schema import RunConfig
-from llm_core.config.tree import Node, Origin, Problems, find, leaves, lift, merge, plain
+from llm_core.config.tree import Node, Origin, Problems, find, leaves, lift, merge
 from llm_core.config.yaml_source import read_yaml
 from llm_core.errors import UserError
 
@@ -184,12 +185,18 @@ def _lay_hf_folder(tree: Node, changed: Node, folder: Path) -> tuple[Node, list[
         before, typed = find(tree, path), find(changed, path)
         if typed is not None and typed.origin.rank == RANK:
             continue
-        if before is None and node.value in (None, False):
-            continue
-        if before is None or before.value != node.value:
-            name = path.removeprefix("model.model_config.")
-            lines.append(f"{name} {'(unset)' if before is None else plain(before)} -> {node.value}")
+        value = before.value if before is not None else _default(path)
+        if value != node.value:
+            lines.append(
+                f"{path.removeprefix('model.model_config.')} {'unset' if value is None else value} -> {node.value}"
+            )
     return merge(without, laid), [f"{source} sets {', '.join(lines)}"] if lines else []
+
+
+def _default(path: str) -> Any:
+    """The default of a Llama's model_config key; None elsewhere."""
+    info = keys.fields_of(LlamaConfig).get(path.removeprefix("model.model_config."))
+    return info.default if info is not None and not info.is_required() else None
 
 
 def _without(tree: Node, path: str) -> Node:

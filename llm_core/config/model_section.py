@@ -184,7 +184,7 @@ class ArchSection(Section):
 class ModelSection(Section):
     """The network and its configuration (`model_config` of the YAML is `config` in Python: pydantic has its own)."""
 
-    arch: ArchSection
+    arch: ArchSection = key(..., "Which network is built.")
     config: Annotated[LlamaConfig | InternLMConfig | FalconConfig, Field(discriminator="type")] = Field(
         alias="model_config", description="Sizes, types and generation; the family is told by `type`."
     )

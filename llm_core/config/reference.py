@@ -6,8 +6,11 @@ import json
 import os
 import re
 import tempfile
+import typing
 from pathlib import Path
 from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from llm_core.config import keys
 from llm_core.config.inert import INERT
@@ -82,22 +85,35 @@ def _has_type(section: dict[str, Any], name: str) -> bool:
 
 
 def key_list(pattern: str = "") -> str:
-    """Every key that matches, with its type, default and meaning, a line each."""
+    """A line for every key: path, default, meaning; those that match."""
     try:
         wanted = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
         raise UserError(f"-p {pattern}: no regular expression ({error})") from None
-    lines = []
+    found: dict[str, list[FieldInfo]] = {}
     for path, info in keys.all_keys():
-        if wanted.search(path):
-            default = "required" if info.is_required() else _shown(info.get_default(call_default_factory=True))
-            lines.append(f"{path}  [{default}]  {info.description or ''}".rstrip())
-    for path, entry in INERT.items():
-        if wanted.search(path):
-            lines.append(f"{path}  [no meaning here]  {entry.reason}")
+        found.setdefault(path, []).append(info)
+    lines = [_key_line(path, infos) for path, infos in found.items()]
+    lines += [f"{path}  [no meaning here]  {entry.reason}" for path, entry in INERT.items()]
+    lines = [line for line in lines if wanted.search(line)]
     if not lines:
         raise UserError(f"-p {pattern}: no key matches")
     return "\n".join(lines) + "\n"
+
+
+def _key_line(path: str, infos: list[FieldInfo]) -> str:
+    """`infos`: the key's field in each type of section that has it; the first one's default is shown."""
+    first = infos[0]
+    default = "required" if first.is_required() else _shown(first.get_default(call_default_factory=True))
+    choices = dict.fromkeys(choice for info in infos for choice in _choices(info.annotation))
+    meaning = [first.description or "", f"One of {', '.join(choices)}." if choices else ""]
+    return f"{path}  [{default}]  {' '.join(part for part in meaning if part)}".rstrip()
+
+
+def _choices(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return [str(value) for value in typing.get_args(annotation)]
+    return [choice for part in typing.get_args(annotation) for choice in _choices(part)]
 
 
 def _shown(value: Any) -> str:

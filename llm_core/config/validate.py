@@ -115,11 +115,8 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
 
     mode = config.run_mode
     need(mode is not None, "run_mode", "is not given; add --run_mode train, finetune, eval or predict")
-    if config.use_parallel and "RANK_SIZE" not in os.environ and "MS_WORKER_NUM" not in os.environ:
-        problems.add(
-            where("use_parallel"), "use_parallel",
-            "True, but this process was not started by scripts/msrun_launcher.sh; do that, or add --use_parallel False",
-        )  # fmt: skip
+    if config.use_parallel:
+        _need_launcher(where("use_parallel"), problems)
     need(
         config.model.config.pet_config is None, "model.model_config.pet_config",
         "parameter-efficient tuning is not built yet; remove the section to tune all weights",
@@ -136,6 +133,15 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
             "predict_data",
             'no prompt; add --predict_data "..." or a file',
         )
+
+
+def _need_launcher(where: str, problems: Problems) -> None:
+    ranks = os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM")
+    if ranks is None:
+        what = "True, but scripts/msrun_launcher.sh did not start this process; do that, or add --use_parallel False"
+        problems.add(where, "use_parallel", what)
+    elif ranks != "1":
+        problems.add(where, "use_parallel", f"{ranks} ranks, but runs of several ranks are not built yet; start one")
 
 
 def _need_training(config: RunConfig, need: Any) -> None:

@@ -55,7 +55,7 @@ def test_architecture_comes_from_the_folder(folder: Path) -> None:
     notes = [note for note in loaded.notes if note.startswith(str(folder))]
     assert len(notes) == 1
     assert "hidden_size 4096 -> 64" in notes[0] and "processor.tokenizer.vocab_file" in notes[0]
-    assert "bos_token_id" not in notes[0]  # unchanged
+    assert "bos_token_id" not in notes[0] and "theta" not in notes[0]  # unchanged
 
 
 def test_command_line_wins_over_the_folder(folder: Path) -> None:
