@@ -20,7 +20,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.py
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || { \
 	  echo "run_llm needs Python 3.10, 3.11 or 3.12 (MindSpore has no other wheels)." \
-	       "Found: $$(python3 --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	       "Found: $$($(or $(PYTHON),python3) --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "== setting up $(VENV) with $$($(PYTHON) --version) (1 to 3 minutes, once)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'

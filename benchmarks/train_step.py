@@ -106,7 +106,7 @@ def own_step():
     )
     net = CausalLM(spec, seed=0)
     optimizer = build_optimizer(SimpleNamespace(type="AdamW", weight_decay=0.01), net.trainable_params())
-    stepper = Stepper(TokenLoss(net), optimizer, key={"benchmark": "train_step", "spec": spec})
+    stepper = Stepper(TokenLoss(net), optimizer, graph_key={"benchmark": "train_step", "spec": spec})
 
     def step(index: int) -> float:
         ids = token_ids(index).astype(np.int32)
