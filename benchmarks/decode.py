@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Greedy generation with a 15.7M Llama: new tokens/s against HF transformers' `generate` on torch.
+
+    python benchmarks/decode.py [--repetitions 5]
+
+Both sides: 6 layers, 384 wide, 6 heads, 2 key/value heads, ffn 1024, vocabulary 8192, fp32, the same weights and
+prompts, two threads. A call reads prompts of 128 tokens and writes 128 tokens a row (no token ends a text), so the
+time to read the prompts is part of the figure. A repetition is a process of its own: warmed up, then the median of a
+few calls, at batch 1 (decode_b1) and batch 8 (decode_b8). Reported is the median over the repetitions. Both sides
+must write the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common  # noqa: E402
+
+BATCHES = (1, 8)
+PROMPT, NEW = 128, 128
+WARM_CALLS, CALLS = 2, 5
+SHAPE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2, "ffn": 1024}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--side", choices=("own", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        common.pin_threads()
+        print(json.dumps(measure(own_generate(args.weights) if args.side == "own" else peer_generate(args.weights))))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.safetensors"
+        write_weights(weights)
+        sides = [["--side", side, "--weights", str(weights)] for side in ("own", "peer")]
+        own, peer = common.alternate(*sides, args.repetitions)
+    for result in own + peer:
+        if result["tokens"] != own[0]["tokens"]:
+            raise SystemExit("decode: the two sides did not write the same tokens")
+    lines = []
+    for batch in BATCHES:
+        name = f"decode_b{batch}"
+        own_rate, peer_rate = (statistics.median(result[name] for result in side) for side in (own, peer))
+        lines.append(common.ratio_line(name, own_rate / peer_rate, own_rate, "tokens/s", "hf", peer_rate))
+    settings = {"prompt_tokens": PROMPT, "new_tokens": NEW, "calls": CALLS, "warm_calls": WARM_CALLS, **SHAPE}
+    common.write_result("decode", {"own": own, "peer": peer}, lines, settings)
+    return 0
+
+
+def measure(generate: Callable[[list[list[int]]], list[list[int]]]) -> dict[str, Any]:
+    """New tokens/s at each batch size, the seconds of every call, and a digest of the tokens."""
+    import hashlib
+
+    result: dict[str, Any] = {"tokens": {}, "seconds": {}}
+    for batch in BATCHES:
+        prompts = prompt_ids(batch)
+        times = []
+        for call in range(WARM_CALLS + CALLS):
+            begin = time.perf_counter()
+            answers = generate(prompts)
+            if call >= WARM_CALLS:
+                times.append(time.perf_counter() - begin)
+        name = f"decode_b{batch}"
+        result[name] = batch * NEW / statistics.median(times)
+        result["seconds"][name] = [round(seconds, 4) for seconds in times]
+        result["tokens"][name] = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
+    return result
+
+
+def prompt_ids(batch: int) -> list[list[int]]:
+    """`batch` prompts of PROMPT ids, the same on both sides."""
+    import numpy as np
+
+    return np.random.default_rng(batch).integers(3, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
+
+
+def write_weights(path: Path) -> None:
+    """Random weights under Hugging Face's names; wide enough that no two tokens are ever about equally likely."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(0)
+    hidden, ffn = SHAPE["hidden_size"], SHAPE["ffn"]
+    kv = hidden // SHAPE["num_heads"] * SHAPE["num_kv_heads"]
+    shapes = {"model.embed_tokens": (SHAPE["vocab_size"], hidden), "lm_head": (SHAPE["vocab_size"], hidden)}
+    for layer in range(SHAPE["num_layers"]):
+        for name, shape in (
+            ("self_attn.q_proj", (hidden, hidden)),
+            ("self_attn.k_proj", (kv, hidden)),
+            ("self_attn.v_proj", (kv, hidden)),
+            ("self_attn.o_proj", (hidden, hidden)),
+            ("mlp.gate_proj", (ffn, hidden)),
+            ("mlp.up_proj", (ffn, hidden)),
+            ("mlp.down_proj", (hidden, ffn)),
+            ("input_layernorm", (hidden,)),
+            ("post_attention_layernorm", (hidden,)),
+        ):
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    shapes["model.norm"] = (hidden,)
+    weights = {
+        f"{name}.weight": np.ones(shape, np.float32)
+        if len(shape) == 1
+        else random.normal(0, 0.05, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, path)
+
+
+def own_generate(weights: Path) -> Callable[[list[list[int]]], list[list[int]]]:
+    """Our side: the Generator that predict and chat use."""
+    from llm_core.runtime import prepare_environment
+
+    prepare_environment(common.THREADS)
+    import mindspore as ms
+
+    from llm_core.checkpoint.weights import load_into, read_weights
+    from llm_core.infer.generate import Generator
+    from llm_core.infer.sampling import SamplingParams
+    from llm_core.models.decoder import CausalLM
+    from llm_core.models.spec import DecoderSpec
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    spec = DecoderSpec(
+        vocab_size=SHAPE["vocab_size"],
+        hidden_size=SHAPE["hidden_size"],
+        num_layers=SHAPE["num_layers"],
+        num_heads=SHAPE["num_heads"],
+        num_kv_heads=SHAPE["num_kv_heads"],
+        head_dim=SHAPE["hidden_size"] // SHAPE["num_heads"],
+        ffn_size=SHAPE["ffn"],
+        max_position=PROMPT + NEW,
+    )
+    net = CausalLM(spec, seed=None)
+    load_into(net, read_weights(weights))
+    generator = Generator(net, spec, eos_ids=[], pad_id=0)
+    params = SamplingParams(max_new_tokens=NEW)
+    return lambda prompts: [answer.token_ids for answer in generator.generate(prompts, params)]
+
+
+def peer_generate(weights: Path) -> Callable[[list[list[int]]], list[list[int]]]:
+    """HF transformers: Llama with its default attention (sdpa) and cache, greedy."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(common.THREADS)
+    config = LlamaConfig(
+        vocab_size=SHAPE["vocab_size"],
+        hidden_size=SHAPE["hidden_size"],
+        num_hidden_layers=SHAPE["num_layers"],
+        num_attention_heads=SHAPE["num_heads"],
+        num_key_value_heads=SHAPE["num_kv_heads"],
+        intermediate_size=SHAPE["ffn"],
+        max_position_embeddings=PROMPT + NEW,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    net = LlamaForCausalLM(config).eval()
+    net.load_state_dict(load_file(weights))
+
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        written = net.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+        return written[:, PROMPT:].tolist()
+
+    return generate
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
