@@ -100,6 +100,11 @@ def required_text(row: Any, key: str, place: str) -> str:
         raise UserError(f"{place}: has no key {key!r} (it has {', '.join(map(repr, row)) or 'none'})")
     if not isinstance(row[key], str):
         raise UserError(f"{place}: {key!r} must be a string, and is a {type(row[key]).__name__}")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError as error:
+        half = ascii(row[key][error.start]).strip("'")
+        raise UserError(f"{place}: {key!r} has half a character in it ({half} without its pair); remove it") from None
     return row[key]
 
 

@@ -31,7 +31,8 @@ class DataSet(Protocol):
     """One kind of input (wiki.WikiText, qa.Conversations, squad.Squad) and how it becomes rows.
 
     kind: its name in the manifest. inputs: its files. arguments: what else the records depend on. columns: name ->
-    width of a record. unit: of the chunks' weights. encoder: what the workers do with a chunk.
+    width of a record. unit: of the chunks' weights. encoder: what the workers do with a chunk. pad_id: given before the
+    first `rows`.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class DataSet(Protocol):
     columns: dict[str, int]
     unit: str
     encoder: Encoder
+    pad_id: int
 
     def chunks(self) -> list[Chunk]:
         """The input in parts whose borders depend on the input alone."""
@@ -87,13 +89,17 @@ def preprocess(
     tokenizer_path = find_tokenizer_file(tokenizer)
     loaded = load_tokenizer(tokenizer_path)  # a damaged one is reported before any work
     inputs = [{"name": path.name, "sha256": sha256_of(path)} for path in data_set.inputs]
+    data_set.pad_id = loaded.pad_or_substitute_id
     chunks = data_set.chunks()
     job = {"inputs": inputs, "tokenizer": loaded.fingerprint, "encoder": repr(data_set.encoder),
            "chunks": [chunk.weight for chunk in chunks], "arguments": data_set.arguments}
+    manifest = _manifest(data_set, inputs, loaded, repeat)
+    workers = min(num_workers or len(os.sched_getaffinity(0)), len(chunks))
     with WorkFolder(output, job) as folder:
-        _encode(data_set, chunks, tokenizer_path, folder, num_workers)
-        manifest = _manifest(data_set, inputs, loaded, repeat)
-        records, counts = _write(data_set, len(chunks), folder, output, manifest, repeat, num_shards)
+        with ChunkEncoder(tokenizer_path, data_set.encoder, workers) as encoder:
+            done = encoder.start(chunks, folder)
+            rows = _rows(data_set, chunks, done, folder, repeat)
+            records, counts = _write(rows, data_set, output, manifest, num_shards, folder)
         folder.remove()
     return Result(output, records, counts, time.perf_counter() - started)
 
@@ -114,52 +120,46 @@ def require_positive(**values: int) -> None:
             raise UserError(f"--{name} {value}: must be at least 1")
 
 
-def _encode(
-    data_set: DataSet, chunks: list[Chunk], tokenizer_path: Path, folder: WorkFolder, num_workers: int | None
-) -> None:
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(chunks))
-    with ChunkEncoder(tokenizer_path, data_set.encoder, workers) as encoder:
-        total = sum(chunk.weight for chunk in chunks)
-        with console.progress(total, desc="tokenize", unit=data_set.unit) as bar:
-            done = encoder.start(chunks, folder)
-            if workers > 1:
-                import mindspore.mindrecord  # noqa: F401  it takes seconds, during which the workers work
-            for weight in done:
-                bar.update(weight)
+def _rows(
+    data_set: DataSet, chunks: list[Chunk], done: Iterator[int], folder: WorkFolder, repeat: int
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, int]]]:
+    """(rows, counts) of one chunk after the other as they are done, then `repeat` - 1 times more from the folder."""
+    with console.progress(sum(chunk.weight for chunk in chunks), desc="preprocess", unit=data_set.unit) as bar:
+        for number, weight in enumerate(done):
+            chunk = read_chunk(folder.file(number))
+            yield data_set.rows(number, chunk.arrays), chunk.counts
+            bar.update(weight)
+    for _ in range(repeat - 1):
+        for number in range(len(chunks)):
+            chunk = read_chunk(folder.file(number))
+            yield data_set.rows(number, chunk.arrays), chunk.counts
 
 
 def _write(
+    rows: Iterator[tuple[dict[str, np.ndarray], dict[str, int]]],
     data_set: DataSet,
-    num_chunks: int,
-    folder: WorkFolder,
     output: Path,
     manifest: dict[str, Any],
-    repeat: int,
     num_shards: int,
+    folder: WorkFolder,
 ) -> tuple[int, dict[str, int]]:
     """Returns the number of records and the counts that went into the manifest."""
-    from llm_core.data.records import RecordWriter  # imports MindSpore
+    from llm_core.data.records import RecordWriter
 
     encoded_counts: Counter[str] = Counter()
     records = 0
+    # This imports MindSpore, which takes seconds; the workers, if there are any, work meanwhile.
     with RecordWriter(output, data_set.columns, manifest, num_shards) as writer:
-        for number in _repeated(num_chunks, repeat):
-            chunk = read_chunk(folder.file(number))
-            encoded_counts.update(chunk.counts)
-            rows = data_set.rows(number, chunk.arrays)
-            records += len(rows["input_ids"])
-            writer.write_rows(rows)
+        for columns, counts_of_chunk in rows:
+            encoded_counts.update(counts_of_chunk)
+            records += len(columns["input_ids"])
+            writer.write_rows(columns)
         counts = data_set.counts(dict(encoded_counts), records)
         writer.manifest["counts"] = counts
         writer.manifest["side_files"] = {
             name: _put_beside(output, folder, name, content) for name, content in _named(output, data_set).items()
         }
     return records, counts
-
-
-def _repeated(num_chunks: int, repeat: int) -> Iterator[int]:
-    for _ in range(repeat):
-        yield from range(num_chunks)
 
 
 def _named(output: Path, data_set: DataSet) -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,19 @@ import numpy as np
 from llm_core.data.chunks import Chunk, Encoded
 from llm_core.data.conversations import rounds_of
 from llm_core.data.inputs import read_json_rows
-from llm_core.data.segments import encode_samples, to_rows
+from llm_core.data.segments import Samples, cut_and_count, encode_samples, to_rows
 from llm_core.text import Tokenizer
 from llm_core.text.templates import conversation_template, render_rounds
 
-_ROWS_PER_CHUNK = 250
+_ROWS_PER_CHUNK = 500
 
 
 @dataclass(frozen=True)
 class EncodeQa:
-    """Chunk -> rows [rows, seq_length + 1]. Counts: those of `to_rows`, samples, and dropped_turns."""
+    """Chunk -> the arrays of Samples, at most seq_length + 1 long. Counts: cut_and_count's, samples, dropped_turns.
+
+    They are padded by the parent: rows of padding would be most of what goes through the disk.
+    """
 
     seq_length: int
     template: str = "vicuna_v1.1"
@@ -34,10 +37,8 @@ class EncodeQa:
             rounds, left_out = rounds_of(row, f"{path}: row {number}")
             samples.append(render_rounds(conversation, rounds))
             dropped_turns += left_out
-        arrays, counts = to_rows(
-            encode_samples(tokenizer, samples), self.seq_length + 1, tokenizer.pad_or_substitute_id
-        )
-        return Encoded(arrays, {"samples": len(samples), "dropped_turns": dropped_turns, **counts})
+        remaining, counts = cut_and_count(encode_samples(tokenizer, samples), self.seq_length + 1)
+        return Encoded(asdict(remaining), {"samples": len(samples), "dropped_turns": dropped_turns, **counts})
 
 
 class Conversations:
@@ -64,7 +65,7 @@ class Conversations:
 
     def rows(self, number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See DataSet."""
-        return arrays
+        return to_rows(Samples(**arrays), self.columns["input_ids"], self.pad_id)
 
     def counts(self, encoded: dict[str, int], records: int) -> dict[str, int]:
         """See DataSet."""

@@ -16,53 +16,85 @@ from llm_core.text import Tokenizer
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One sample before padding: ids int32 [tokens], learnt bool [tokens]."""
+class Samples:
+    """Samples before padding, end to end: ids int32 [tokens], learnt bool [tokens], lengths int64 [samples]."""
 
     ids: np.ndarray
     learnt: np.ndarray
+    lengths: np.ndarray
+
+    def select(self, kept: np.ndarray) -> Samples:
+        """Only the samples where kept bool [samples] is true."""
+        tokens = np.repeat(kept, self.lengths)
+        return Samples(self.ids[tokens], self.learnt[tokens], self.lengths[kept])
+
+    def cut(self, width: int) -> Samples:
+        """Every sample without what is beyond its first `width` tokens."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        tokens = np.arange(len(self.ids)) - np.repeat(starts, self.lengths) < width
+        return Samples(self.ids[tokens], self.learnt[tokens], np.minimum(self.lengths, width))
+
+    def learnt_counts(self) -> np.ndarray:
+        """Learnt tokens of each sample, int64 [samples]."""
+        ends = np.cumsum(self.lengths)
+        running = np.concatenate([[0], np.cumsum(self.learnt)])
+        return running[ends] - running[ends - self.lengths]
 
 
-def encode_samples(tokenizer: Tokenizer, samples: Sequence[Sequence[tuple[str, str]]]) -> list[Sample]:
+def encode_samples(tokenizer: Tokenizer, samples: Sequence[Sequence[tuple[str, str]]]) -> Samples:
     """Samples, each a list of rounds (prompt, answer) -> bos, then for each round: prompt, answer, eos.
 
     Each round is encoded as one text. Learnt are the answers and the eos after them.
     """
-    encoded = iter(tokenizer.encode_parts([parts for rounds in samples for parts in rounds]))
-    return [_join(tokenizer, [next(encoded) for _ in rounds]) for rounds in samples]
-
-
-def _join(tokenizer: Tokenizer, rounds: list[tuple[np.ndarray, np.ndarray]]) -> Sample:
+    rounds = np.array([len(sample) for sample in samples], np.int64)
+    text_ids, counts = tokenizer.encode_parts([parts for sample in samples for parts in sample])
+    counts = counts.reshape(-1, 2)
     bos, eos = tokenizer.start_ids, tokenizer.end_ids
-    ids: list[np.ndarray | list[int]] = [bos]
-    lengths = [len(bos)]
-    for round_ids, (prompt_length, answer_length) in rounds:
-        ids += [round_ids, eos]
-        lengths += [prompt_length, answer_length + len(eos)]
-    flags = np.zeros(len(lengths), bool)
-    flags[2::2] = True
-    return Sample(np.concatenate(ids).astype(np.int32), np.repeat(flags, lengths))
+    # Segments in order: for each sample its bos, and for each of its rounds prompt, answer, eos.
+    first_rounds = np.cumsum(rounds) - rounds
+    segment_lengths = np.insert(
+        np.column_stack([counts, np.full(len(counts), len(eos))]).reshape(-1), 3 * first_rounds, len(bos)
+    )
+    is_bos = np.insert(np.zeros(3 * len(counts), bool), 3 * first_rounds, True)
+    kind = np.empty(len(is_bos), np.int8)  # 0 prompt, 1 answer, 2 eos, 3 bos
+    kind[is_bos] = 3
+    kind[~is_bos] = np.tile(np.array([0, 1, 2], np.int8), len(counts))
+    token_kind = np.repeat(kind, segment_lengths)
+    ids = np.empty(len(token_kind), np.int32)
+    ids[token_kind < 2] = text_ids
+    ids[token_kind == 2] = eos[0] if eos else 0
+    ids[token_kind == 3] = bos[0] if bos else 0
+    lengths = np.add.reduceat(segment_lengths, np.flatnonzero(is_bos)) if len(samples) else rounds
+    return Samples(ids, (token_kind == 1) | (token_kind == 2), lengths)
 
 
-def to_rows(samples: Sequence[Sample], width: int, pad_id: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Samples -> columns {"input_ids", "labels": int32 [rows, width]} and counts.
+def cut_and_count(samples: Samples, width: int) -> tuple[Samples, dict[str, int]]:
+    """Samples of at most `width` tokens, and counts of what that took.
 
-    A longer sample is cut at the end. A sample that has nothing learnt (left) is dropped, for it would only dilute.
-    Counts: tokens, supervised_tokens, masked_tokens (of the rows, padding not counted), cut_samples, cut_tokens,
-    dropped_samples.
+    A longer sample is cut at its end. A sample that has nothing learnt (left) is dropped: it would only dilute.
+    Counts: tokens, supervised_tokens, masked_tokens (of what remains), cut_samples, cut_tokens, dropped_samples.
     """
-    kept = [sample for sample in samples if sample.learnt[:width].any()]
-    input_ids = np.full((len(kept), width), pad_id, np.int32)
-    labels = np.full((len(kept), width), IGNORED, np.int32)
-    counts = dict.fromkeys(("tokens", "supervised_tokens", "cut_samples", "cut_tokens"), 0)
-    for row, sample in enumerate(kept):
-        ids, learnt = sample.ids[:width], sample.learnt[:width]
-        input_ids[row, : len(ids)] = ids
-        np.copyto(labels[row, : len(ids)], ids, where=learnt)
-        counts["tokens"] += len(ids)
-        counts["supervised_tokens"] += int(learnt.sum())
-        counts["cut_samples"] += len(sample.ids) > width
-        counts["cut_tokens"] += max(len(sample.ids) - width, 0)
-    counts["masked_tokens"] = counts["tokens"] - counts["supervised_tokens"]
-    counts["dropped_samples"] = len(samples) - len(kept)
-    return {"input_ids": input_ids, "labels": labels}, counts
+    cut = samples.cut(width)
+    kept = cut.learnt_counts() > 0
+    excess = np.maximum(samples.lengths - width, 0)[kept]
+    remaining = cut.select(kept)
+    supervised = int(remaining.learnt.sum())
+    counts = {
+        "tokens": len(remaining.ids),
+        "supervised_tokens": supervised,
+        "masked_tokens": len(remaining.ids) - supervised,
+        "cut_samples": int((excess > 0).sum()),
+        "cut_tokens": int(excess.sum()),
+        "dropped_samples": int((~kept).sum()),
+    }
+    return remaining, counts
+
+
+def to_rows(samples: Samples, width: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Samples of at most `width` tokens -> {"input_ids", "labels": int32 [samples, width]}, padded at the end."""
+    input_ids = np.full((len(samples.lengths), width), pad_id, np.int32)
+    labels = np.full_like(input_ids, IGNORED)
+    filled = np.arange(width) < samples.lengths[:, None]
+    input_ids[filled] = samples.ids
+    labels[filled] = np.where(samples.learnt, samples.ids, IGNORED)
+    return {"input_ids": input_ids, "labels": labels}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 
 from llm_core.data.chunks import Chunk, Encoded
 from llm_core.data.inputs import read_json, required_text
-from llm_core.data.segments import encode_samples, to_rows
+from llm_core.data.segments import Samples, cut_and_count, encode_samples, to_rows
 from llm_core.errors import UserError
 from llm_core.text import Tokenizer
 from llm_core.text.templates import squad_prompt
 
-_QUESTIONS_PER_CHUNK = 250
+_QUESTIONS_PER_CHUNK = 500
 GOLDS_SUFFIX = "golds.jsonl"
 
 
@@ -71,7 +72,7 @@ def _question(row: Any, passage: str, place: str) -> Question:
 
 @dataclass(frozen=True)
 class EncodeSquadTrain:
-    """Chunk -> rows [rows, max_length + 1] of prompt + first answer + eos, learnt: answer and eos.
+    """Chunk -> the arrays of Samples: prompt + first answer + eos, at most max_length + 1; learnt: answer and eos.
 
     A longer sample is dropped and counted: its answer would be cut off, or its passage lack it.
     """
@@ -82,10 +83,9 @@ class EncodeSquadTrain:
         width = self.max_length + 1
         rounds = [[("".join(squad_prompt(q.passage, q.question)), q.answers[0])] for q in questions]
         samples = encode_samples(tokenizer, rounds)
-        fitting = [sample for sample in samples if len(sample.ids) <= width]
-        arrays, counts = to_rows(fitting, width, tokenizer.pad_or_substitute_id)
-        counts["dropped_samples"] += len(samples) - len(fitting)
-        return Encoded(arrays, {"samples": len(samples), **counts})
+        fitting, counts = cut_and_count(samples.select(samples.lengths <= width), width)
+        counts["dropped_samples"] = len(questions) - len(fitting.lengths)
+        return Encoded(asdict(fitting), {"samples": len(questions), **counts})
 
 
 @dataclass(frozen=True)
@@ -99,38 +99,38 @@ class EncodeSquadEval:
     max_length: int
 
     def __call__(self, tokenizer: Tokenizer, questions: list[Question]) -> Encoded:
-        prompts = tokenizer.encode_parts([squad_prompt(q.passage, q.question) for q in questions])
+        ids, counts_of_parts = tokenizer.encode_parts([squad_prompt(q.passage, q.question) for q in questions])
         answers = tokenizer.encode_arrays([q.answers[0] for q in questions])
-        bos = np.array(tokenizer.start_ids, np.int32)
-        room = self.max_length - len(bos)
+        passage, rest = counts_of_parts.reshape(-1, 2).T  # tokens up to the passage's end, and after it
+        room = self.max_length - len(tokenizer.start_ids)
+        excess = np.maximum(passage + rest - room, 0)
+        kept = (rest <= room) & (np.array([len(answer) for answer in answers]) <= self.max_length)
+        prompts = np.split(ids, np.cumsum(passage + rest)[:-1])
+        rows = [
+            np.concatenate([tokenizer.start_ids, prompts[i][: passage[i] - excess[i]], prompts[i][passage[i] :]])
+            for i in np.flatnonzero(kept)
+        ]
         pad = tokenizer.pad_or_substitute_id
-        kept, columns = [], {"input_ids": [], "labels": []}
-        counts = dict.fromkeys(("tokens", "cut_samples", "cut_tokens"), 0)
-        for number, ((ids, (passage, rest)), answer) in enumerate(zip(prompts, answers, strict=True)):
-            if rest > room or len(answer) > self.max_length:
-                continue
-            excess = max(len(ids) - room, 0)
-            ids = np.concatenate([bos, ids[: passage - excess], ids[passage:]])
-            kept.append(number)
-            columns["input_ids"].append(_padded(ids, self.max_length, pad))
-            columns["labels"].append(_padded(answer, self.max_length, pad))
-            counts["tokens"] += len(ids)
-            counts["cut_samples"] += excess > 0
-            counts["cut_tokens"] += excess
         arrays = {
-            name: np.array(rows, np.int32).reshape(-1, self.max_length) for name, rows in columns.items()
+            "input_ids": _padded(rows, self.max_length, pad),
+            "labels": _padded([answers[i] for i in np.flatnonzero(kept)], self.max_length, pad),
+            "kept": np.flatnonzero(kept),
         }
-        dropped = len(questions) - len(kept)
-        return Encoded(
-            {**arrays, "kept": np.array(kept, np.int64)},
-            {"samples": len(questions), **counts, "dropped_samples": dropped},
-        )
+        counts = {
+            "samples": len(questions),
+            "tokens": sum(map(len, rows)),
+            "cut_samples": int((excess[kept] > 0).sum()),
+            "cut_tokens": int(excess[kept].sum()),
+            "dropped_samples": int((~kept).sum()),
+        }
+        return Encoded(arrays, counts)
 
 
-def _padded(ids: np.ndarray, width: int, pad_id: int) -> np.ndarray:
-    row = np.full(width, pad_id, np.int32)
-    row[: len(ids)] = ids
-    return row
+def _padded(rows: Sequence[np.ndarray], width: int, pad_id: int) -> np.ndarray:
+    padded = np.full((len(rows), width), pad_id, np.int32)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return padded
 
 
 class Squad:
@@ -164,7 +164,8 @@ class Squad:
         """See DataSet. Notes the gold answers of the rows."""
         if "kept" in arrays:
             self._golds += [self._part(number)[index] for index in arrays["kept"]]
-        return {name: arrays[name] for name in self.columns}
+            return {name: arrays[name] for name in self.columns}
+        return to_rows(Samples(**arrays), self.columns["input_ids"], self.pad_id)
 
     def counts(self, encoded: dict[str, int], records: int) -> dict[str, int]:
         """See DataSet."""

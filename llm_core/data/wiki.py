@@ -6,6 +6,7 @@ becomes bos + ids + eos. Records are cut from the run, across chunks and files.
 
 from __future__ import annotations
 
+import codecs
 import mmap
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from llm_core.data.chunks import Chunk, Encoded
-from llm_core.data.inputs import decode_utf8
+from llm_core.data.inputs import decode_utf8 as check_utf8
+from llm_core.data.wikitext import clean_wikitext
 from llm_core.errors import UserError
 from llm_core.text import Tokenizer
 
@@ -23,33 +25,12 @@ _CHUNK_BYTES = 1 << 19
 _BLANK_LINE_IN_BYTES = re.compile(rb"\n[ \t\r]*\n")
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
-# What WikiText's word tokenization did to the text, undone. In this order.
-_PLAIN_ARTEFACTS = (
-    (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."),
-    ("( ", "("), (" )", ")"), ("[ ", "["), (" ]", "]"), ("{ ", "{"), (" }", "}"),
-    (" ° ", "°"),
-)  # fmt: skip
-_ARTEFACTS = (
-    (re.compile(r" ([,.;:!?])(?=\s|$)"), r"\1"),
-    (re.compile(r" '(s|t|m|d|re|ve|ll)\b"), r"'\1"),
-    (re.compile(r'"[ ]?([^"\n]*?)[ ]?"'), r'"\1"'),
-    (re.compile(r"(?<=s) '(?=\s)"), "'"),  # dogs ' tails; a quotation after an s looks the same
-    (re.compile(r"(?<!\S)' ([^'\n]*?) ?'(?!\S)"), r"'\1'"),
-)
-
-
-def clean_wikitext(text: str) -> str:
-    """Undo WikiText's tokenization: "a @-@ b , he 's ( c )" -> "a-b, he's (c)"; never across a line's end."""
-    for artefact, plain in _PLAIN_ARTEFACTS:
-        text = text.replace(artefact, plain)
-    for pattern, replacement in _ARTEFACTS:
-        text = pattern.sub(replacement, text)
-    return text.replace(" \n", "\n").replace("\n ", "\n")
-
-
-def paragraphs_of(text: str) -> tuple[list[str], int]:
-    """Cleaned paragraphs of a text, and the number of titles left out."""
-    blocks = [block for part in _BLANK_LINES.split(clean_wikitext(text)) if (block := part.strip())]
+def paragraphs_of(text: bytes) -> tuple[list[str], int]:
+    """Cleaned paragraphs of a UTF-8 text, and the number of titles left out."""
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    parts = _BLANK_LINES.split(clean_wikitext(text).decode())
+    blocks = [block for part in parts if (block := part.strip())]
     kept = [block for block in blocks if not block.startswith("=")]
     return kept, len(blocks) - len(kept)
 
@@ -65,10 +46,8 @@ class EncodeWiki:
             content = file.read(end - start)
         if len(content) != end - start:
             raise UserError(f"{path}: the file became shorter while it was read; start again")
-        text = decode_utf8(Path(path), content, start)
-        if "\r" in text:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        paragraphs, titles = paragraphs_of(text)
+        check_utf8(Path(path), content, start)
+        paragraphs, titles = paragraphs_of(content.removeprefix(codecs.BOM_UTF8) if start == 0 else content)
         ids = _with_marks(tokenizer, tokenizer.encode_arrays(paragraphs))
         return Encoded({"ids": ids}, {"paragraphs": len(paragraphs), "dropped_titles": titles})
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,10 @@ from llm_core.errors import UserError
 from llm_core.text.tokenizer import Tokenizer
 
 _SPACE = "▁"
+
+# Field numbers of sentencepiece_model.proto.
+_NORMALIZER_SPEC = 3  # in ModelProto
+_CHARACTER_MAP, _REMOVE_EXTRA_WHITESPACES = 2, 4  # in NormalizerSpec
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -57,35 +60,38 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = self._sp.encode(text, out_type="immutable_proto").pieces
         return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
-    def encode_parts(self, rows: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode_parts(self, rows: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         """See Tokenizer.
 
-        Asking the library for offsets triples the time of encoding. But where the pieces spell the text byte
-        for byte (no normalization, nothing unknown), the offsets are the running sum of the pieces' lengths;
-        where they don't, the library is asked.
+        Asking the library for offsets triples the time of encoding. But where a model leaves the text as it is, the
+        pieces tile it, and offsets are the running sum of the pieces' lengths; where it normalizes the text, or the
+        lengths don't add up (an unknown character), the library is asked.
         """
-        texts = ["".join(parts) for parts in rows]
-        return [
-            self._parts_by_spelling(ids, text, parts) or self._parts_by_offsets(parts)
-            for ids, text, parts in zip(self.encode_arrays(texts), texts, rows, strict=True)
-        ]
+        if rows and self._tiles_text:
+            parts = self._parts_by_lengths(rows)
+            if parts is not None:
+                return parts
+            if len(rows) > 1:  # row by row: only those that need it take the slow way
+                each = [self.encode_parts([row]) for row in rows]
+                return tuple(np.concatenate(arrays) for arrays in zip(*each, strict=True))
+        return super().encode_parts(rows)
 
-    def _parts_by_spelling(
-        self, ids: np.ndarray, text: str, parts: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        spelled = b"".join(map(self._piece_bytes.__getitem__, ids.tolist()))
-        plain = text.encode()
-        prefix = len(spelled) - len(plain)  # the space that most models put before a text
-        if prefix not in (0, 1) or spelled[prefix:] != plain or spelled[:prefix].strip():
+    def _parts_by_lengths(self, rows: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray] | None:
+        """All rows at once; None if in one of them the lengths don't add up."""
+        if not all(row and row[0] for row in rows):
             return None
-        ends = np.cumsum(self._piece_lengths[ids])
-        lengths = [len(part.encode()) for part in parts]
-        borders = [prefix + end for end in accumulate(lengths)][:-1]
-        before = np.searchsorted(ends, borders, side="right")
-        if prefix and lengths and not lengths[0]:
-            # the space in front belongs to the first part that has characters
-            before[ends[before - 1] <= prefix] = 0
-        return ids, np.diff(before, prepend=0, append=len(ids))
+        arrays = self.encode_arrays(["".join(parts) for parts in rows])
+        ids = np.concatenate(arrays)
+        token_ends = np.cumsum(self._piece_lengths[ids])
+        lengths = np.array([_utf8_length(part) for row in rows for part in row])
+        next_rows = np.cumsum([len(row) for row in rows])
+        lengths[np.append(0, next_rows[:-1])] += self._prefix_length
+        part_ends = np.cumsum(lengths)
+        row_ends = token_ends[np.cumsum([len(array) for array in arrays]) - 1]
+        if not np.array_equal(row_ends, part_ends[next_rows - 1]):
+            return None
+        before = np.searchsorted(token_ends, part_ends, side="right")
+        return ids, np.diff(before, prepend=0)
 
     def id_to_piece(self, token: int) -> str:
         """See Tokenizer."""
@@ -109,7 +115,22 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _piece_lengths(self) -> np.ndarray:
-        return np.array([len(piece) for piece in self._piece_bytes], np.int64)
+        """Bytes of text that each piece stands for, int64 [vocab]; of the unknown piece that is not known."""
+        lengths = np.array([len(piece) for piece in self._piece_bytes], np.int64)
+        lengths[self.unk_id] = 1 << 32  # no sum with it in it is right
+        return lengths
+
+    @cached_property
+    def _prefix_length(self) -> int:
+        """1 if encoding puts a space before a text, else 0."""
+        return int(self._sp.id_to_piece(self._sp.encode("a")[0]).startswith(_SPACE))
+
+    @cached_property
+    def _tiles_text(self) -> bool:
+        """Whether the model's normalizer leaves a text as it is: no character map, and all spaces kept."""
+        model = dict(_protobuf_fields(self._sp.serialized_model_proto()))
+        normalizer = dict(_protobuf_fields(model.get(_NORMALIZER_SPEC, b"")))
+        return not normalizer.get(_CHARACTER_MAP) and normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1) == 0
 
     def _bytes_of(self, token: int) -> bytes:
         if self._sp.is_control(token):
@@ -159,3 +180,33 @@ class SentencePieceStream:
             return text
         self._spaces_to_drop = 0
         return text.removeprefix(" ")
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message; bytes for strings and messages. (The format in one function: the
+    protobuf package is no dependency of sentencepiece.)"""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while position < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        length = {1: 8, 5: 4}[wire_type] if wire_type != 2 else varint()
+        yield number, message[position : position + length]
+        position += length

@@ -81,14 +81,18 @@ class Tokenizer(ABC):
         """As `encode_batch`, each an int32 array."""
         return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
 
-    def encode_parts(self, rows: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode_parts(self, rows: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         """Encode each row's parts as ONE text; say how many tokens belong to each part.
 
-        A label mask needs this: the tokens are those of the whole text, as a model meets them, and the mask
-        follows the characters. A token that lies across a border belongs to the later part. Returns for each
-        row: ids int32 [tokens], tokens of each part int64 [parts] (they add up to all).
+        A label mask needs this: the tokens are those of the whole text, as a model meets them, and the mask follows
+        the characters. A token that lies across a border belongs to the later part.
+        Returns ids int32 [tokens of all rows], and tokens of each part int64 [parts of all rows]; both in order.
         """
-        return [self._parts_by_offsets(parts) for parts in rows]
+        each = [self._parts_by_offsets(parts) for parts in rows]
+        if not each:
+            return np.zeros(0, np.int32), np.zeros(0, np.int64)
+        ids, counts = (np.concatenate(arrays) for arrays in zip(*each, strict=True))
+        return ids, counts
 
     @property
     def start_ids(self) -> list[int]:

@@ -148,24 +148,41 @@ def test_parts_follow_the_characters(tok, seed):
     for text in [*TEXTS, "".join(TEXTS)]:
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(0, 4)))
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ((ids, counts),) = tok.encode_parts([parts])
+        ids, counts = tok.encode_parts([parts])
         expected_ids, expected_counts = tok._parts_by_offsets(parts)
+        assert ids.dtype == np.int32
         assert ids.tolist() == expected_ids.tolist() == tok.encode(text)
         assert counts.tolist() == expected_counts.tolist()
         assert counts.sum() == len(ids)
 
 
-def test_plain_text_takes_the_fast_way(llama_like, monkeypatch):
-    monkeypatch.setattr(llama_like, "_parts_by_offsets", lambda parts: pytest.fail(f"slow way for {parts}"))
-    for text in TEXTS:
-        llama_like.encode_parts([[text[:2], text[2:]]])
+def test_rows_of_parts_are_the_rows_one_by_one(tok):
+    rows = [[text[:3], text[3:7], text[7:]] for text in TEXTS] + [["", "x", ""], ["only ▁ one"], ["a", ""]]
+    ids, counts = tok.encode_parts(rows)
+    each = [tok.encode_parts([row]) for row in rows]
+    assert ids.tolist() == [i for row_ids, _ in each for i in row_ids]
+    assert counts.tolist() == [i for _, row_counts in each for i in row_counts]
+    assert [len(array) for array in tok.encode_parts([])] == [0, 0]
+
+
+def test_only_text_that_a_model_changes_takes_the_slow_way(llama_like, internlm_like, nfkc, monkeypatch):
+    assert llama_like._tiles_text and internlm_like._tiles_text and not nfkc._tiles_text
+    slow = []
+    for tok in (llama_like, internlm_like):
+        original = tok._parts_by_offsets
+        monkeypatch.setattr(tok, "_parts_by_offsets", lambda parts, f=original: slow.append(parts) or f(parts))
+        tok.encode_parts([[text[:2], text[2:]] for text in TEXTS])
+        assert not slow
+        tok.encode_parts([["good ", "row"], ["a literal ", "▁ counts as a space"], ["good ", "row"]])
+        assert slow == [["a literal ", "▁ counts as a space"]]
+        slow.clear()
 
 
 def test_a_token_across_a_border_belongs_to_the_later_part(llama_like):
     whole = max(range(llama_like.vocab_size), key=lambda i: len(llama_like.id_to_piece(i)))
     word = llama_like.id_to_piece(whole).replace("▁", " ")
     ids = llama_like.encode(word)
-    ((_, counts),) = llama_like.encode_parts([[word[:-1], word[-1:]]])
+    _, counts = llama_like.encode_parts([[word[:-1], word[-1:]]])
     assert counts.tolist() == [len(ids) - 1, 1]
 
 

@@ -54,7 +54,7 @@ def model(request, identity_model, spm_model) -> Path:
 
 
 def write_json(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(value, ensure_ascii="\\ud8" in repr(value), indent=1), encoding="utf-8")
     return path
 
 
@@ -188,6 +188,7 @@ BAD_ROWS = [
     ([{"conversations": [{"from": "robot", "value": "x"}]}], "'from' must be 'human' or 'gpt', and is 'robot'"),
     ([{"conversations": ROWS[0]["conversations"][:1] * 2}], "row 0: turn 1 is from 'human'"),
     ([{"conversations": ROWS[0]["conversations"] + ROWS[0]["conversations"][1:]}], "'gpt' follow each other"),
+    ([row("half of a pair: \ud83d", "x")], "row 0, turn 0: 'value' has half a character in it (\\ud83d"),
     ({"conversations": []}, "must be a JSON list"),
     ([], "has no rows"),
 ]

@@ -18,7 +18,8 @@ from llm_core.data import chunks as chunks_module
 from llm_core.data import wiki
 from llm_core.data.preprocess import preprocess
 from llm_core.data.records import RecordFile
-from llm_core.data.wiki import WikiText, clean_wikitext, paragraphs_of
+from llm_core.data.wiki import WikiText, paragraphs_of
+from llm_core.data.wikitext import clean_wikitext
 from llm_core.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "dataset_preprocess" / "llama_preprocess.py"
@@ -49,7 +50,7 @@ def expected_run(path: Path, model: Path) -> list[int]:
     """The ids in the plainest way."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     run = []
-    for paragraph in paragraphs_of(path.read_text(encoding="utf-8"))[0]:
+    for paragraph in paragraphs_of(path.read_bytes())[0]:
         run += [1, *tokenizer.encode(paragraph), 2]
     return run
 
@@ -64,18 +65,27 @@ def flags(text_file: Path, model: Path, output: Path) -> list[object]:
             "--output_file", output]
 
 
-def test_cleaning():
-    assert clean_wikitext("a well @-@ known 1 @,@ 000 @.@ 5 thing , he 's ( it ) .") == (
-        "a well-known 1,000.5 thing, he's (it)."
-    )
-    assert clean_wikitext('the " quoted words , " and " more "') == 'the "quoted words," and "more"'
-    assert clean_wikitext("the dogs ' tails and a ' word ' here") == "the dogs' tails and a 'word' here"
-    assert clean_wikitext("didn 't we 'll ; what ? \n next ") == "didn't we'll; what?\nnext "
-    assert clean_wikitext("plain 'twas text, (already) fine.") == "plain 'twas text, (already) fine."
+@pytest.mark.parametrize(
+    ("artefacts", "plain"),
+    [
+        ("a well @-@ known 1 @,@ 000 @.@ 5 thing , he 's ( it ) .", "a well-known 1,000.5 thing, he's (it)."),
+        ('the " quoted words , " and " more "', 'the "quoted words," and "more"'),
+        ('a lone " mark \n in " two lines " \n and " one', 'a lone " mark\nin "two lines"\nand " one'),
+        ("the dogs ' tails and a ' word ' here", "the dogs' tails and a 'word' here"),
+        ("didn 't we 'll ; what ? \n next ", "didn't we'll; what?\nnext"),
+        (" \n = Title = \n \n 20 ° C , [ 1 ] \n", "\n= Title =\n\n20°C, [1]\n"),
+        ("", ""), ("@", "@"), ("'", "'"), ('"', '"'), ("a @", "a @"), ("end '", "end '"), ("°", "°"), (" , ", ","),
+        ("mail @-@", "mail @-@"), ("a @ b @x@ c@-@d", "a @ b @x@ c@-@d"), ("15 % , 3 :4", "15 %, 3 :4"),
+        ("plain 'twas text, (already) fine.", "plain 'twas text, (already) fine."),
+        ("天空 , 是 @-@ 蓝色", "天空, 是-蓝色"),
+    ],
+)
+def test_cleaning(artefacts, plain):
+    assert clean_wikitext(artefacts.encode()).decode() == plain
 
 
 def test_paragraphs_are_what_blank_lines_separate():
-    text = " \n = Title = \n \n first \n line \n \n\t\n = = Sub = = \n\n second \n"
+    text = b" \n = Title = \n \n first \n line \n \n\t\n = = Sub = = \n\n second \n"
     assert paragraphs_of(text) == (["first\nline", "second"], 2)
 
 
