@@ -155,7 +155,7 @@ def check_speed_up_file(config: RunConfig, tree: Node, device: str, problems: Pr
     except json.JSONDecodeError as error:
         problems.add(f"{name}:{error.lineno}", "", f"not valid JSON: {error.msg}")
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         problems.add(where, path, f"{name}: {error}")
         return []
     _check_speed_up(name, content, problems)

@@ -37,7 +37,7 @@ def is_hf_folder(path: str | Path) -> bool:
         return False
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True  # it is meant to be one; reading it says what is wrong
     return isinstance(content, dict) and ("model_type" in content or "architectures" in content)
 
@@ -51,6 +51,8 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if not isinstance(content, dict):
@@ -93,8 +95,8 @@ def hf_config_to_model_config(hf: Mapping[str, Any], source: str = "config.json"
 
 
 def _refuse_foreign(hf: Mapping[str, Any], source: str) -> None:
-    kind = hf.get("model_type") or ", ".join(hf.get("architectures") or ["unknown"])
-    if kind not in ("llama", "LlamaForCausalLM"):
+    kind = hf.get("model_type") or hf.get("architectures")
+    if kind not in ("llama", ["LlamaForCausalLM"]):
         raise UserError(f"{source}: model_type: {kind!r} is not supported; it must be 'llama'")
     wanted = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None}
     for name, only in wanted.items():
@@ -104,12 +106,15 @@ def _refuse_foreign(hf: Mapping[str, Any], source: str) -> None:
 
 def _rope_from_hf(hf: Mapping[str, Any], source: str) -> dict[str, Any]:
     """theta, extend_method and scaling_factor, from rope_scaling or the newer rope_parameters."""
-    scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{source}: rope_scaling: {given!r} is not supported; it must be an object")
+    scaling = dict(given)
     theta = hf.get("rope_theta") or scaling.pop("rope_theta", None) or 10000.0
     scaling.pop("rope_theta", None)
-    names = {scaling.pop("rope_type", None), scaling.pop("type", None)} - {None}
-    method = names.pop() if names else "default"
-    if method not in _ROPE_METHODS or names - {method}:
+    newer, older = scaling.pop("rope_type", None), scaling.pop("type", None)
+    method = str(newer or older or "default")
+    if method not in _ROPE_METHODS:
         raise UserError(
             f"{source}: rope_scaling: type {method!r} is not supported; it must be one of {', '.join(_ROPE_METHODS)}"
         )

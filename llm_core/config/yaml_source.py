@@ -17,6 +17,7 @@ from llm_core.errors import EnvironmentFault, UserError
 
 _TAG = "tag:yaml.org,2002:"
 _MAX_NODES = 100_000  # a few aliases of aliases can stand for billions of values
+_MAX_DEPTH = 100  # libyaml's composer is recursive: deep enough nesting ends the process
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -84,6 +85,7 @@ def read_yaml(path: Path, rank: int, problems: Problems) -> Node:
 def _compose(path: Path, text: str) -> yaml.Node | None:
     loader = None
     try:
+        _check_depth(path, text)
         loader = _Loader(text)
         return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -93,11 +95,22 @@ def _compose(path: Path, text: str) -> yaml.Node | None:
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1 if isinstance(error.position, int) else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.reason}") from None
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}:1: not valid YAML: {error}") from None
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _check_depth(path: Path, text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MAX_DEPTH:
+                raise UserError(f"{path}:{event.start_mark.line + 1}: nested deeper than {_MAX_DEPTH} levels")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 class _Converter:
@@ -117,6 +130,8 @@ class _Converter:
             return Node(self.scalar(node), origin)
         if id(node) in self.open:
             raise UserError(f"{origin.where}: an alias to the section it stands in")
+        if len(self.open) > _MAX_DEPTH:  # aliases of aliases
+            raise UserError(f"{origin.where}: nested deeper than {_MAX_DEPTH} levels")
         self.open.add(id(node))
         if not node.tag.startswith(_TAG) or node.tag.removeprefix(_TAG) not in ("map", "seq"):
             self.problems.add(origin.where, "", f"the tag {_short(node.tag)} is not allowed here")

@@ -145,6 +145,12 @@ def test_alias_flood_is_stopped(write) -> None:
     assert "more than" in problems(write("\n".join(lines)))
 
 
+@pytest.mark.parametrize("text", ["a: " + "[" * 200_000, "a: " + "{a: " * 150 + "1" + "}" * 150, "- " * 5000])
+def test_deep_nesting_is_stopped(text: str, write) -> None:
+    """The C composer would run out of stack, and take the process with it."""
+    assert "run.yaml:1: nested deeper than 100 levels" in problems(write(text))
+
+
 def test_no_utf8(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"seed: 1\noutput_dir: caf\xe9\n")
