@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import signal
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +20,16 @@ from llm_core.checkpoint.store import CheckpointStore
 from llm_core.data.batch import Batch, shift
 from llm_core.data.loader import Loader
 from llm_core.errors import EnvironmentFault
-from llm_core.report.console import console
+from llm_core.report.console import console, is_terminal
 from llm_core.report.metrics import MetricsLog
 from llm_core.report.steplog import format_bar_line, format_step_line
 from llm_core.train.anomaly import ROLLBACK, STOP, AnomalyPolicy
 from llm_core.train.interrupt import StopRequest
 from llm_core.train.loss_scale import LossScale
 from llm_core.train.step import Stepper, StepResult
-from llm_core.train.timeline import Timeline
+from llm_core.train.timeline import OperatorProfile, Timeline
+
+DRAW_SECONDS = 30.0  # between two drawings of loss.png during a run; the end draws one in any case
 
 
 @dataclass
@@ -78,11 +82,13 @@ class Run:
     evaluate: Callable[[], float] | None = None  # -> evaluation loss
     sample: Callable[[], None] | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None  # TensorBoard
+    operators: OperatorProfile | None = None
     cursor: Cursor = field(default_factory=Cursor)
     timeline: Timeline = field(default_factory=Timeline)
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = -1
     saved_at: float = field(default_factory=time.monotonic)
+    drawn_at: float = field(default_factory=time.monotonic)
     compiled: bool = False
     recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
@@ -130,13 +136,15 @@ def fit(run: Run) -> int:
         return stopped.code
     finally:
         run.stop.restore()
+        if run.operators is not None:
+            run.operators.after(math.inf)
         _plot(run)
         run.metrics.close()
 
 
 def _train(run: Run) -> None:
     cursor = run.cursor
-    with console.progress(run.total_steps, desc="train", unit="step", initial=cursor.step) as bar:
+    with _bar(run) as bar:
         while cursor.step < run.total_steps:
             for window in _windows(run):
                 if cursor.step + 1 in cursor.barred:
@@ -144,12 +152,20 @@ def _train(run: Run) -> None:
                 else:
                     _step(run, window, bar)
                 _advance(run, len(window))
-                bar.update(1)
+                if bar is not None:
+                    bar.update(1)
                 _between_steps(run)
                 if cursor.step >= run.total_steps:
                     break
     if run.intervals.save_last:
         save(run)
+
+
+def _bar(run: Run) -> Any:
+    """A bar under the log lines on a terminal; elsewhere nothing, since those lines show the progress themselves."""
+    if is_terminal(sys.stderr):
+        return console.progress(run.total_steps, desc="train", unit="step", initial=run.cursor.step)
+    return contextlib.nullcontext()
 
 
 def _windows(run: Run) -> Iterator[list[Batch]]:
@@ -172,11 +188,15 @@ def _step(run: Run, window: Sequence[Batch], bar: Any) -> None:
     begin = time.perf_counter()
     lr = run.schedule(cursor.step)
     scale = run.loss_scale.value
+    if run.operators is not None:
+        run.operators.before(cursor.step + 1)
     with run.timeline.span("compute", cursor.step + 1):
         result = run.stepper.run(
             [shift(batch, run.pad_token_id, run.ignore_token_id) for batch in window],
-            lr=lr, scale=scale, update=cursor.updates + 1, key=cursor.step, loss_limit=run.anomaly.loss_limit,
+            lr=lr, scale=scale, update=cursor.updates + 1, step=cursor.step, loss_limit=run.anomaly.loss_limit,
         )
+    if run.operators is not None:
+        run.operators.after(cursor.step + 1)
     run.stop.install()
     overflow = not math.isfinite(result.norm)
     run.loss_scale.update(overflow)
@@ -244,7 +264,8 @@ def _report(
     run.metrics.write(step=step, **values)
     if run.on_step is not None:
         run.on_step(step, values)
-    bar.set_postfix_str(f"loss {result.loss:.3f}")
+    if bar is not None:
+        bar.set_postfix_str(f"loss {result.loss:.3f}")
     if step % run.intervals.print == 0 or step == run.total_steps:
         line = format_step_line(
             epoch=epoch, epochs=run.epochs, step=step_in_epoch, steps_per_epoch=run.steps_per_epoch, loss=result.loss,
@@ -256,7 +277,8 @@ def _report(
             seconds_left=mean_seconds * (run.total_steps - step),
         )
         console.log(line)
-        console.log(left)
+        if bar is None:
+            console.log(left)
 
 
 def _between_steps(run: Run) -> None:
@@ -301,6 +323,7 @@ def save(run: Run, metric: float | None = None) -> None:
     with run.timeline.span("save", run.cursor.step):
         run.store.save(epoch=epoch, step=step_in_epoch, tensors=run.snapshot(), state=run.state(), metric=metric)
         run.saved_step, run.saved_at = run.cursor.step, time.monotonic()
+    if time.monotonic() - run.drawn_at > DRAW_SECONDS:  # a plot takes up to a second; a save may come every step
         _plot(run)
 
 
@@ -317,6 +340,7 @@ def restore(run: Run, tensors: dict[str, np.ndarray], state: dict[str, Any], eve
 
 def _plot(run: Run) -> None:
     """loss.png; a picture that cannot be drawn must not end a training."""
+    run.drawn_at = time.monotonic()
     try:
         run.metrics.plot(run.title)
     except (OSError, EnvironmentFault) as error:

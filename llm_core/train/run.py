@@ -12,7 +12,7 @@ from llm_core.checkpoint.lock import lock_output_dir
 from llm_core.checkpoint.store import CheckpointStore
 from llm_core.config import LoadedConfig, RunConfig
 from llm_core.data.loader import Loader
-from llm_core.data.records import RecordFile
+from llm_core.data.open import open_loader
 from llm_core.errors import UserError
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.report.console import console
@@ -23,7 +23,7 @@ from llm_core.train.anomaly import AnomalyPolicy
 from llm_core.train.loop import Intervals, Run, fit, restore
 from llm_core.train.loss_scale import build_loss_scale
 from llm_core.train.schedule import build_schedule
-from llm_core.train.timeline import Timeline
+from llm_core.train.timeline import OperatorProfile, Timeline
 
 
 def train(loaded: LoadedConfig) -> int:
@@ -39,11 +39,12 @@ def train(loaded: LoadedConfig) -> int:
         run = build(config)
         code = fit(run)
     for line in run.timeline.table():
-        (console.info if config.profile else console.detail)(line)
-    if config.profile:
+        (console.result if config.profile else console.detail)(line)
+    if run.operators is not None:
         trace = output_dir / "profile" / "timeline.json"
         run.timeline.write(trace)
-        console.info(f"timeline: {trace} (open it in chrome://tracing or Perfetto)")
+        for line in ["", *run.operators.table(), "", f"timeline: {trace} (open it in chrome://tracing or Perfetto)"]:
+            console.result(line)
     if code == 0:
         console.info(f"done: {run.cursor.step} steps, {run.cursor.tokens} supervised tokens; see {output_dir}")
     return code
@@ -67,20 +68,21 @@ def build(config: RunConfig) -> Run:
     start(config)
     from llm_core.models.decoder import CausalLM  # these import mindspore, which `start` has to set up first
     from llm_core.models.heads import TokenLoss
+    from llm_core.models.recompute import apply_recompute
     from llm_core.train.optim import build_optimizer
     from llm_core.train.step import Stepper
 
     net = CausalLM(spec, seed=None if config.load_checkpoint and resume_from is None else config.seed)
     if config.load_checkpoint and resume_from is None:
         _load_base(net, config.load_checkpoint)
-    apply_recompute(net, config)
+    apply_recompute(net, config.recompute_config)
     parameters = net.trainable_params()
     optimizer = build_optimizer(config.optimizer, parameters)
     wrapper = config.runner_wrapper
     clip = wrapper.max_grad_norm if wrapper is not None and wrapper.use_clip_grad else None
-    graph_key = {"spec": spec, "optimizer": config.optimizer, "recompute": config.recompute_config, "seed": config.seed}
+    graph_key = {"spec": spec, "optimizer": config.optimizer, "recompute": config.recompute_config}
     stepper = Stepper(
-        TokenLoss(net, seed=config.seed), optimizer, accumulation=accumulation, max_grad_norm=clip, key=graph_key
+        TokenLoss(net), optimizer, seed=config.seed, accumulation=accumulation, max_grad_norm=clip, graph_key=graph_key
     )
     console.info(
         f"model: {spec.num_parameters:,} parameters, {sum(p.size for p in parameters):,} trainable; "
@@ -117,38 +119,10 @@ def build(config: RunConfig) -> Run:
         run.evaluate = _evaluator(net, eval_loader, model)
     run.sample = _sampler(net, spec, config)
     run.on_step = _tensorboard(config, run)
+    if config.profile:
+        folder = Path(config.output_dir) / "profile"
+        run.operators = OperatorProfile(folder, config.profile_start_step, config.profile_stop_step)
     return run
-
-
-def open_loader(config: RunConfig, dataset: Any, kind: str) -> Loader:
-    """The loader of the `train_dataset` or `eval_dataset` section (kind: train or eval)."""
-    section, flag = f"{kind}_dataset", f"--{kind}_dataset_dir"
-    path = dataset.data_loader.dataset_dir if dataset is not None else ""
-    if not path:
-        raise UserError(f"{section}.data_loader.dataset_dir is empty: give a MindRecord file or folder with {flag}")
-    if (dataset.repeat or 1) != 1:
-        raise UserError(f"{section}.repeat: {dataset.repeat}: set repeat 1; runner_config.epochs counts the passes")
-    model = config.model.config
-    return Loader(
-        RecordFile(path),
-        batch_size=config.runner_config.batch_size,
-        seq_length=model.seq_length,
-        columns=dataset.input_columns or ("input_ids",),
-        shuffle=bool(dataset.data_loader.shuffle) and kind == "train",
-        seed=config.seed,
-        drop_remainder=bool(dataset.drop_remainder) and kind == "train",
-        num_samples=dataset.data_loader.num_samples,
-        vocab_size=model.vocab_size,
-        kind=kind,
-    )
-
-
-def apply_recompute(net: Any, config: RunConfig) -> None:
-    """recompute_config: trade a second forward pass for activation memory."""
-    if config.recompute_config is not None:
-        from llm_core.models.recompute import apply
-
-        apply(net, config.recompute_config)
 
 
 def _callback(config: RunConfig, kind: str) -> Any:

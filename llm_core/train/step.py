@@ -16,11 +16,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from llm_core.ops import dropout_key
 from llm_core.runtime import Compiled
 
 
-class ScaledLoss(nn.Cell):
-    """Sum of token losses times a factor; the scalar that is differentiated.
+class WindowLoss(nn.Cell):
+    """A micro-batch's share of the window's loss: what is differentiated, and what is reported.
 
     Args:
         token_loss: Cell(tokens, labels, dropout_key) -> (sum of token losses [], supervised tokens []).
@@ -30,10 +31,11 @@ class ScaledLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.token_loss = token_loss
 
-    def construct(self, tokens, labels, key, factor):
-        """tokens, labels int32 [B, S], key int32 [2], factor fp32 [] -> fp32 []."""
+    def construct(self, tokens, labels, key, per_token, scale):
+        """tokens, labels int32 [B, S], key int32 [2], per_token and scale fp32 [] -> (scaled, unscaled), fp32 []."""
         loss_sum, _ = self.token_loss(tokens, labels, key)
-        return loss_sum * factor
+        share = loss_sum * per_token
+        return share * scale, share
 
 
 class Finish(nn.Cell):
@@ -70,14 +72,14 @@ class TrainStep(nn.Cell):
     """A window of one micro-batch, in one graph.
 
     Args:
-        token_loss: see `ScaledLoss`.
+        token_loss: see `WindowLoss`.
         optimizer: Cell(grads, lr, step, coefficient) that updates the weights in place.
         max_grad_norm: clip threshold, None = no clip.
     """
 
     def __init__(self, token_loss: nn.Cell, optimizer: nn.Cell, max_grad_norm: float | None = None) -> None:
         super().__init__(auto_prefix=False)
-        self.value_and_grad = ops.value_and_grad(ScaledLoss(token_loss), None, optimizer.params)
+        self.value_and_grad = ops.value_and_grad(WindowLoss(token_loss), None, optimizer.params, has_aux=True)
         self.finish = Finish(optimizer, max_grad_norm)
 
     def construct(self, tokens, labels, key, per_token, scale, lr, step, loss_limit):
@@ -85,7 +87,7 @@ class TrainStep(nn.Cell):
 
         Args:
             tokens, labels: int32 [B, S], labels -100 where not supervised.
-            key: int32 [2], (step, micro-batch): names this window to the dropout generator.
+            key: int32 [2], `ops.dropout_key` of this step and micro-batch.
             per_token: fp32 [], 1 / supervised tokens of the window.
             scale: fp32 [], loss scale.
             lr, step: fp32 [], learning rate and 1-based count of applied updates.
@@ -94,8 +96,7 @@ class TrainStep(nn.Cell):
         Returns:
             (loss fp32 [], global norm fp32 [], applied bool []).
         """
-        scaled, grads = self.value_and_grad(tokens, labels, key, per_token * scale)
-        loss = scaled / scale
+        (_, loss), grads = self.value_and_grad(tokens, labels, key, per_token, scale)
         norm, applied = self.finish(grads, loss, scale, lr, step, loss_limit)
         return loss, norm, applied
 
@@ -105,15 +106,15 @@ class AccumulateStep(nn.Cell):
 
     def __init__(self, token_loss: nn.Cell, weights: ParameterTuple, sums: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.value_and_grad = ops.value_and_grad(ScaledLoss(token_loss), None, weights)
+        self.value_and_grad = ops.value_and_grad(WindowLoss(token_loss), None, weights, has_aux=True)
         self.sums = sums
 
     def construct(self, tokens, labels, key, per_token, scale):
         """Arguments as in `TrainStep.construct`."""
-        scaled, grads = self.value_and_grad(tokens, labels, key, per_token * scale)
+        (_, loss), grads = self.value_and_grad(tokens, labels, key, per_token, scale)
         for total, grad in zip(self.sums, grads):  # noqa: B905 (strict= does not compile)
             ops.assign_add(total, grad)
-        return scaled / scale
+        return loss
 
 
 class ApplyStep(nn.Cell):
@@ -148,15 +149,17 @@ class Stepper:
     Args:
         token_loss, optimizer, max_grad_norm: see `TrainStep`.
         accumulation: micro-batches a full window holds; a shorter last window takes the same graphs.
-        key: what shapes the graphs beside these arguments (spec, optimizer ...): names them in the compile cache.
+        seed: of the dropout masks.
+        graph_key: what shapes the graphs beside these arguments (spec, optimizer): names them in the compile cache.
     """
 
     def __init__(
-        self, token_loss: nn.Cell, optimizer: nn.Cell, *, accumulation: int = 1,
-        max_grad_norm: float | None = None, key: Mapping[str, Any] | None = None,
+        self, token_loss: nn.Cell, optimizer: nn.Cell, *, seed: int = 0, accumulation: int = 1,
+        max_grad_norm: float | None = None, graph_key: Mapping[str, Any] | None = None,
     ) -> None:
+        self.seed = seed
         self.accumulation = accumulation
-        key = {**(key or {}), "max_grad_norm": max_grad_norm}
+        key = {**(graph_key or {}), "max_grad_norm": max_grad_norm}
         if accumulation == 1:
             self.whole = Compiled(TrainStep(token_loss, optimizer, max_grad_norm).set_train(), **key)
             return
@@ -174,7 +177,7 @@ class Stepper:
         lr: float,
         scale: float,
         update: int,
-        key: int,
+        step: int,
         loss_limit: float = np.inf,
     ) -> StepResult:
         """One optimizer step.
@@ -184,7 +187,7 @@ class Stepper:
             lr: learning rate of this step.
             scale: loss scale.
             update: 1-based number of this update (Adam's bias correction).
-            key: names the step to the dropout generator; the same key gives the same masks.
+            step: number of this step; with the seed it determines the dropout masks.
             loss_limit: skip the update when the loss is above it.
         """
         supervised = sum(int(np.count_nonzero(labels != -100)) for _, labels in window)
@@ -192,7 +195,7 @@ class Stepper:
         numbers = _scalar(lr), _scalar(update), _scalar(loss_limit)
         scale_tensor = _scalar(scale)
         batches = [
-            (Tensor(tokens), Tensor(labels), Tensor(np.array([key, index], np.int32)))
+            (Tensor(tokens), Tensor(labels), Tensor(dropout_key(self.seed, step, index)))
             for index, (tokens, labels) in enumerate(window)
         ]
         if self.accumulation == 1:

@@ -1,7 +1,11 @@
-"""Where a run's time goes: named spans on one clock, as a table and as a trace for chrome://tracing."""
+"""Where a run's time goes: named spans on one clock, and the operators of a few steps, as tables and traces.
+
+Traces are trace-event files, for chrome://tracing or Perfetto.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import time
@@ -9,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class Timeline:
@@ -59,3 +64,45 @@ class Timeline:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"traceEvents": names + events}))
         partial.replace(path)
+
+
+class OperatorProfile:
+    """MindSpore's own profile of steps `first` to `last` (1-based), in `folder`: which operator took how long."""
+
+    def __init__(self, folder: Path, first: int, last: int) -> None:
+        self.folder = folder
+        self.first = max(first, 2)  # the first step compiles: that is not what one wants to see
+        self.last = max(last, self.first)
+        self._profile: Any = None
+
+    def before(self, step: int) -> None:
+        """To be called before each step."""
+        if step == self.first:
+            from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
+
+            self._profile = profile(
+                activities=[ProfilerActivity.CPU], on_trace_ready=tensorboard_trace_handler(str(self.folder))
+            )
+            self._profile.start()
+
+    def after(self, step: float) -> None:
+        """To be called after each step, and with step = inf when the run ends."""
+        if self._profile is not None and step >= self.last:
+            self._profile.stop()
+            self._profile = None
+
+    def table(self, rows: int = 12) -> list[str]:
+        """The operators that took longest; empty when there was nothing to profile."""
+        files = sorted(self.folder.glob("*/FRAMEWORK/cpu_op_type_info_*.csv"))
+        if not files:
+            return []
+        with open(files[-1], newline="") as file:
+            operators = list(csv.DictReader(file))
+        operators.sort(key=lambda row: -float(row["total_compute_time"]))
+        total = sum(float(row["total_compute_time"]) for row in operators) or 1.0
+        lines = [f"{'operator':<36}{'calls':>8}{'ms in all':>12}{'share':>8}"]
+        for row in operators[:rows]:
+            spent = float(row["total_compute_time"])
+            calls = int(row["type_occurrences"])
+            lines.append(f"{row['op_type']:<36}{calls:>8}{spent:>12.1f}{spent / total:>8.1%}")
+        return lines

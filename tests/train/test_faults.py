@@ -1,0 +1,210 @@
+"""Real processes, real kills: what a user's command does when something is wrong, and what is left afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from llm_core.report.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(config: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "run_llm.py"), "--config", str(config), *flags]
+
+
+def run(config: Path, *flags: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(config, *flags), capture_output=True, text=True, timeout=300, **options)
+
+
+def refused(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in read_metrics(output_dir / "metrics.jsonl") if "loss" in entry}
+
+
+def wait_for_step(output_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = output_dir / "metrics.jsonl"
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the run never came to step {step}: {process.communicate()}")
+
+
+
+
+def test_sigterm_saves_and_resumes_to_the_same_curve(write_config, tmp_path):
+    whole = write_config(runner_config__epochs=4, output_dir=str(tmp_path / "whole"))
+    assert run(whole).returncode == 0
+    config = write_config(runner_config__epochs=4)
+    config = config.rename(tmp_path / "killed.yaml")
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(tmp_path / "out", 5, process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped after step" in errors and "Traceback" not in errors
+    assert max(losses(tmp_path / "out")) < 84
+    assert run(config, "--resume_training", "True").returncode == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_never_changes_the_curve(write_config, tmp_path):
+    """20 kills, from the first import to the middle of a save, of a run that saves every step."""
+    whole = write_config(runner_config__epochs=60, output_dir=str(tmp_path / "whole"))
+    assert run(whole).returncode == 0
+    expected = losses(tmp_path / "whole")
+    moments = random.Random(11)
+    config = write_config(runner_config__epochs=60).rename(tmp_path / "killed.yaml")
+    kills = 0
+    start = time.monotonic()
+    subprocess.run(command(config, "--help"), capture_output=True)
+    while kills < 20:
+        process = subprocess.Popen(
+            command(config, "--resume_training", "True"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            process.wait(timeout=moments.uniform(0.3, 8.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        errors = process.communicate()[1]
+        assert "Traceback" not in errors
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        if process.returncode == 0:
+            break
+    finished = run(config, "--resume_training", "True")
+    assert finished.returncode == 0, finished.stderr
+    assert kills >= 10, f"only {kills} kills in {time.monotonic() - start:.0f} s: the run was over too soon"
+    assert losses(tmp_path / "out") == expected
+
+
+def test_a_damaged_checkpoint_is_not_loaded(write_config, tmp_path):
+    config = write_config(runner_config__stop_step=3)
+    assert run(config).returncode == 0
+    folder = tmp_path / "out/checkpoint/rank_0"
+    newest = folder / json.loads((folder / "meta.json").read_text())["last_ckpt_file"]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    os.chmod(newest, 0o644)
+    newest.write_bytes(content)
+    refused(run(config, "--resume_training", newest.name), 2, newest.name)
+    resumed = run(config, "--resume_training", "True", "--runner_config.stop_step", "4")
+    assert resumed.returncode == 0
+    assert newest.name in resumed.stderr and "step 2" in resumed.stderr  # fell back, and said so
+    newest.write_bytes(content[: len(content) // 3])
+    refused(run(config, "--run_mode", "finetune", "--load_checkpoint", str(newest)), 2, newest.name)
+
+
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(write_config, tmp_path):
+    """The file size limit of the process stands for the disk: the kernel refuses the write in the same way."""
+    config = write_config(runner_config__stop_step=2)
+    assert run(config).returncode == 0
+    bigger = write_config(runner_config__stop_step=4).rename(tmp_path / "again.yaml")
+    limit = "import resource, sys, os; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
+    limit += "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"
+    flags = [str(ROOT / "run_llm.py"), "--config", str(bigger), "--resume_training", "True"]
+    result = subprocess.run(
+        [sys.executable, "-c", limit, *flags], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "RUN_LLM_COMPILE_CACHE": "0"},
+    )
+    refused(result, 1, "tiny_rank_0-1_3")
+    after = run(bigger, "--resume_training", "True")
+    assert after.returncode == 0
+    assert "step 2" in after.stderr
+    assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4]
+
+
+def test_two_runs_on_one_output_dir(write_config, tmp_path):
+    config = write_config(runner_config__epochs=50)
+    with subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        wait_for_step(tmp_path / "out", 1, first)
+        refused(run(config), 2, str(first.pid), str(tmp_path / "out"), "--output_dir")
+        first.kill()
+
+
+def test_an_output_dir_that_cannot_be_written(write_config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run(write_config(output_dir=str(tmp_path / "file" / "out")))
+    assert result.returncode in (1, 2)
+    refused(result, result.returncode, str(tmp_path / "file"))
+
+
+def wrong_data(tmp_path: Path, width: int, token: int) -> Path:
+    from llm_core.data.records import RecordWriter
+
+    path = tmp_path / "wrong.mindrecord"
+    rows = np.full((8, width), token, np.int32)
+    with RecordWriter(path, columns={"input_ids": width, "labels": width}, manifest={}) as writer:
+        writer.write_rows({"input_ids": rows, "labels": rows})
+    return path
+
+
+@pytest.mark.parametrize(
+    "width, token, words",
+    [(31, 5, ("31", "25", "seq_length")), (25, 96, ("96", "record 0"))],
+    ids=["another length", "an id beyond the vocabulary"],
+)
+def test_data_that_do_not_fit_the_model(write_config, tmp_path, width, token, words):
+    path = wrong_data(tmp_path, width, token)
+    refused(run(write_config(), "--train_dataset_dir", str(path)), 2, "wrong.mindrecord", *words)
+
+
+def test_data_without_their_index(write_config, tmp_path):
+    path = wrong_data(tmp_path, 25, 5)
+    path.with_name(path.name + ".db").unlink()
+    refused(run(write_config(), "--train_dataset_dir", str(path)), 2, "wrong.mindrecord.db")
+
+
+def test_an_empty_data_file(write_config, tmp_path):
+    path = tmp_path / "empty.mindrecord"
+    path.touch()
+    (tmp_path / "empty.mindrecord.db").touch()
+    refused(run(write_config(), "--train_dataset_dir", str(path)), 2, "empty.mindrecord")
+
+
+def test_weights_of_another_shape_or_name(write_config, tmp_path):
+    from safetensors.numpy import save_file
+
+    alien = tmp_path / "alien.safetensors"
+    save_file({"encoder.weight": np.zeros((2, 2), np.float32)}, alien)
+    config = write_config()
+    refused(run(config, "--load_checkpoint", str(alien)), 2, "alien.safetensors", "encoder.weight")
+    assert run(write_config(runner_config__stop_step=1, output_dir=str(tmp_path / "first"))).returncode == 0
+    result = run(config, "--load_checkpoint", str(tmp_path / "first"), "--model.model_config.hidden_size", "64")
+    refused(result, 2, "[96, 32]", "[96, 64]")
+
+
+def test_a_yaml_that_is_a_list_or_says_a_key_twice(tmp_path, write_config):
+    listed = tmp_path / "list.yaml"
+    listed.write_text(yaml.safe_dump([{"seed": 1}]))
+    refused(run(listed), 2, "list.yaml")
+    twice = tmp_path / "twice.yaml"
+    twice.write_text(write_config().read_text() + "seed: 4\n")
+    refused(run(twice), 2, "twice.yaml", "seed")
+
+
+def test_a_config_cannot_run_code(tmp_path, write_config):
+    evil = tmp_path / "evil.yaml"
+    evil.write_text(write_config().read_text() + f"env: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
+    refused(run(evil), 2, "evil.yaml")
+    assert not (tmp_path / "ran").exists()
