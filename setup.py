@@ -52,7 +52,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "ruff", "jsonschema"],
         # the oracles of tests and benchmarks; llm_core never imports them
         "parity": ["torch==2.13.0", "transformers==4.57.1", "peft"],
         "tensorboard": ["tensorboard"],
