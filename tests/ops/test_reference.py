@@ -1,0 +1,209 @@
+"""The reference operators against float64 numpy: values, and gradients by central differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llm_core import ops as core_ops
+
+RANDOM = np.random.RandomState(3)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def tensors(arrays):
+    from mindspore import Tensor
+
+    return [Tensor(a) for a in arrays]
+
+
+def check(cell, oracle, *inputs: np.ndarray, constants: tuple = (), tolerance: float = 1e-5) -> None:
+    """The cell's value and its gradients to `inputs` are the oracle's; `constants` follow the inputs."""
+    import mindspore as ms
+    from mindspore import nn
+
+    class Gradients(nn.Cell):
+        def __init__(self):
+            super().__init__(auto_prefix=False)
+            self.cell = cell
+            self.gradient = ms.ops.GradOperation(get_all=True, sens_param=True)
+
+        def construct(self, sens, *args):
+            return self.gradient(self.cell)(*args, sens)
+
+    wide = [a.astype(np.float64) for a in inputs]
+    expected = oracle(*wide, *constants)
+    fixed = tensors(constants)
+    value = cell(*tensors(inputs), *fixed).asnumpy()
+    assert value.shape == np.shape(expected)
+    assert np.linalg.norm(value - expected) <= tolerance * np.linalg.norm(expected)
+    sens = normal(*np.shape(expected))
+    gradients = Gradients()(tensors([sens])[0], *tensors(inputs), *fixed)
+    for i, gradient in enumerate(gradients[: len(inputs)]):
+        direction, h = normal(*inputs[i].shape).astype(np.float64), 1e-5
+        ends = [oracle(*wide[:i], wide[i] + s * h * direction, *wide[i + 1 :], *constants) for s in (1, -1)]
+        slope = ((ends[0] - ends[1]) * sens).sum() / (2 * h)
+        ours = (gradient.asnumpy().astype(np.float64) * direction).sum()
+        size = np.linalg.norm(gradient.asnumpy()) * np.linalg.norm(direction)
+        assert abs(ours - slope) <= 1e-5 * size, f"gradient of input {i}"
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_rms_norm():
+    def oracle(x, w):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w
+
+    check(core_ops.RmsNorm(1e-5), oracle, normal(7, 48) * 3, normal(48))
+
+
+def test_swiglu():
+    check(core_ops.SwiGlu(), lambda g, u: g / (1 + np.exp(-g)) * u, normal(5, 33) * 2, normal(5, 33))
+
+
+def test_rope_turns_pairs():
+    angles = RANDOM.uniform(-3, 3, (6, 1, 4))
+    cos = np.concatenate([np.cos(angles)] * 2, -1).astype(np.float32)
+    sin = np.concatenate([-np.sin(angles), np.sin(angles)], -1).astype(np.float32)
+
+    def oracle(x, cos, sin):
+        turned = (x[..., :4] + 1j * x[..., 4:]) * (cos[..., :4].astype(np.float64) + 1j * sin[..., 4:])
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    check(core_ops.Rope(), oracle, normal(2, 6, 3, 8), constants=(cos, sin))
+
+
+class TestAttention:
+    """Every argument of the attention contract, with grouped heads and Sk > Sq."""
+
+    batch, q_len, k_len, heads, kv_heads, dim = 2, 5, 7, 4, 2, 6
+
+    def oracle(self, visible, bias=None, keep=None):
+        """Attention over `visible` [B, Sq, Sk]."""
+
+        def attention(q, k, v):
+            group = self.heads // self.kv_heads
+            k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
+            scores = np.einsum("bqhd,bkhd->bhqk", q, k)
+            if bias is not None:
+                scores = scores + bias[:, :, None, :]
+            scores = np.where(visible[:, None], scores / np.sqrt(self.dim), -np.inf)
+            weights = softmax(scores)
+            if keep is not None:
+                weights = weights * keep.reshape(weights.shape)
+            return np.einsum("bhqk,bkhd->bqhd", weights, v)
+
+        return attention
+
+    def cell(self, prefix=0, keep=None, **mask_arguments):
+        from mindspore import Tensor, nn
+
+        case = self
+
+        class MaskedAttention(nn.Cell):
+            def __init__(self):
+                super().__init__(auto_prefix=False)
+                self.mask = core_ops.AttentionMask(case.heads, case.dim, prefix)
+                self.attention = core_ops.Attention()
+                self.names = ("kv_start", "kv_len", "cu_seqlens_q", "cu_seqlens_k", "bias")
+                self.given = tuple(
+                    Tensor(mask_arguments[n]) if n in mask_arguments else None for n in self.names
+                )
+                self.keep = None if keep is None else Tensor(keep)
+
+            def construct(self, q, k, v):
+                mask = self.mask(q.shape[0], q.shape[1], k.shape[1], *self.given)
+                return self.attention(q, k, v, mask, self.keep)
+
+        return MaskedAttention()
+
+    def qkv(self, k_len=None):
+        k_len = k_len or self.k_len
+        q = normal(self.batch, self.q_len, self.heads, self.dim)
+        return q, *(normal(self.batch, k_len, self.kv_heads, self.dim) for _ in range(2))
+
+    def causal(self):
+        rows, columns = np.arange(self.q_len)[:, None], np.arange(self.k_len)[None]
+        visible = columns <= rows + self.k_len - self.q_len
+        return np.broadcast_to(visible, (self.batch, self.q_len, self.k_len)).copy()
+
+    def test_causal(self):
+        check(self.cell(), self.oracle(self.causal()), *self.qkv())
+
+    def test_rows_of_different_length(self):
+        start, length = np.array([2, 0], np.int32), np.array([7, 6], np.int32)
+        columns = np.arange(self.k_len)[None, None]
+        visible = self.causal() & (columns >= start[:, None, None]) & (columns < length[:, None, None])
+        check(self.cell(kv_start=start, kv_len=length), self.oracle(visible), *self.qkv())
+
+    def test_packed_documents(self):
+        cu = np.array([[0, 2, 5, 5], [0, 3, 4, 5]], np.int32)
+        document = (np.arange(5)[None, :, None] >= cu[:, None]).sum(-1)
+        visible = np.tril(np.ones((5, 5), bool)) & (document[:, :, None] == document[:, None])
+        check(self.cell(cu_seqlens_q=cu, cu_seqlens_k=cu), self.oracle(visible), *self.qkv(5))
+
+    def test_prefix_is_seen_by_all(self):
+        start, prefix = np.array([3, 1], np.int32), 2
+        columns = np.arange(self.k_len)[None, None] - prefix
+        visible = self.causal() & (columns >= start[:, None, None]) | (columns < 0)
+        check(self.cell(prefix=prefix, kv_start=start), self.oracle(visible), *self.qkv())
+
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_bias(self, rows):
+        bias = normal(rows, self.heads, self.k_len)
+        check(self.cell(bias=bias), self.oracle(self.causal(), bias), *self.qkv())
+
+    def test_dropped_weights(self):
+        shape = (self.batch * self.heads * self.q_len, self.k_len)
+        keep = (RANDOM.uniform(size=shape) > 0.3).astype(np.float32) / np.float32(0.7)
+        check(self.cell(keep=keep), self.oracle(self.causal(), keep=keep), *self.qkv())
+
+    def test_row_without_keys_is_finite(self):
+        out = self.cell(kv_start=np.array([7, 0], np.int32))(*tensors(self.qkv())).asnumpy()
+        assert np.isfinite(out).all()
+
+
+class TestTokenNll:
+    labels = np.array([3, -100, 0, 10, -100, 7], np.int32)
+
+    def oracle(self, logits, labels):
+        chosen = np.log(softmax(logits))[np.arange(len(labels)), np.maximum(labels, 0)]
+        return -(chosen * (labels >= 0)).sum()
+
+    def loss_only(self):
+        from mindspore import nn
+
+        class Loss(nn.Cell):
+            def __init__(self):
+                super().__init__(auto_prefix=False)
+                self.nll = core_ops.TokenNll()
+
+            def construct(self, logits, labels):
+                return self.nll(logits, labels)[0]
+
+        return Loss()
+
+    def test_value_and_gradient(self):
+        check(self.loss_only(), self.oracle, normal(6, 11) * 3, constants=(self.labels,))
+
+    def test_ignored_rows_are_exactly_zero(self):
+        import mindspore as ms
+
+        logits = tensors([normal(6, 11)])[0]
+        labels = tensors([self.labels])[0]
+        gradient = ms.ops.GradOperation()(self.loss_only())(logits, labels).asnumpy()
+        assert (gradient[self.labels < 0] == 0).all()
+        assert (gradient[self.labels >= 0] != 0).all()
+        assert float(core_ops.TokenNll()(logits, labels)[1]) == 4
+
+    def test_far_apart_logits(self):
+        logits = np.zeros((6, 11), np.float32)
+        logits[:, 5] = 300
+        loss = self.loss_only()(*tensors([logits, self.labels])).asnumpy()
+        assert loss == pytest.approx(4 * 300, rel=1e-6)
