@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -162,10 +163,11 @@ def read_chunk(file: Path) -> Encoded:
 def _save(file: Path, encoded: Encoded) -> None:
     """Under a temporary name until it is whole, so that a file that exists is a chunk that is done."""
     counts = json.dumps({name: int(count) for name, count in encoded.counts.items()})
+    content = io.BytesIO()  # in memory: a ZipFile whose disk is full prints a traceback when it is collected
+    np.savez(content, counts=np.frombuffer(counts.encode(), np.uint8), **encoded.arrays)
     temporary = file.with_suffix(".tmp")
     with _environment_faults(file.parent):
-        with open(temporary, "wb") as stream:
-            np.savez(stream, counts=np.frombuffer(counts.encode(), np.uint8), **encoded.arrays)
+        temporary.write_bytes(content.getbuffer())
         os.replace(temporary, file)
 
 

@@ -109,14 +109,9 @@ class SentencePieceTokenizer(Tokenizer):
         return SentencePieceStream(self)
 
     @cached_property
-    def _piece_bytes(self) -> list[bytes]:
-        """UTF-8 bytes of every piece; control pieces have none, the unknown piece has the library's ' ⁇ '."""
-        return [self._bytes_of(token) for token in range(self.vocab_size)]
-
-    @cached_property
     def _piece_lengths(self) -> np.ndarray:
         """Bytes of text that each piece stands for, int64 [vocab]; of the unknown piece that is not known."""
-        lengths = np.array([len(piece) for piece in self._piece_bytes], np.int64)
+        lengths = np.array([len(self._bytes_of(token)) for token in range(self.vocab_size)], np.int64)
         lengths[self.unk_id] = 1 << 32  # no sum with it in it is right
         return lengths
 
@@ -133,6 +128,7 @@ class SentencePieceTokenizer(Tokenizer):
         return not normalizer.get(_CHARACTER_MAP) and normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1) == 0
 
     def _bytes_of(self, token: int) -> bytes:
+        """UTF-8 bytes of a piece; control pieces have none, the unknown piece has the library's ' ⁇ '."""
         if self._sp.is_control(token):
             return b""
         if self._sp.is_unknown(token):
@@ -165,7 +161,7 @@ class SentencePieceStream:
         tokenizer._check_ids([token])
         if not self._skip_special and tokenizer._sp.is_control(int(token)):
             return self._utf8.decode(b"", final=True) + tokenizer.id_to_piece(token)
-        return self._drop_spaces(self._utf8.decode(tokenizer._piece_bytes[token]))
+        return self._drop_spaces(self._utf8.decode(tokenizer._bytes_of(int(token))))
 
     def flush(self) -> str:
         """See TextStream."""

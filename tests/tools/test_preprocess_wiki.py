@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -205,37 +206,79 @@ def test_two_runs_on_one_output(text_file, spm_model, tmp_path):
             preprocess(WikiText([text_file], SEQ_LENGTH), output, spm_model, num_workers=1)
 
 
-def test_killed_and_started_again(tmp_path, text_file, spm_model):
-    """SIGKILL while workers encode: no output, no orphans; the same command then writes what one run writes."""
-    big = tmp_path / "big.tokens"
-    big.write_bytes(text_file.read_bytes() * 100)  # 5 chunks of half a MiB
-    output = tmp_path / "out" / "wiki.mindrecord"
-    command = [sys.executable, str(SCRIPT), *map(str, flags(big, spm_model, output)), "--num_workers", "2",
-               "--seq_length", "1023"]
-    partial = output.parent / ".wiki.mindrecord.partial"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.fixture(scope="module")
+def big_text(tmp_path_factory, text_file) -> Path:
+    """Several chunks of half a MiB."""
+    path = tmp_path_factory.mktemp("big") / "big.tokens"
+    path.write_bytes(text_file.read_bytes() * 100)
+    return path
+
+
+def start_and_wait_for_a_chunk(big_text: Path, model: Path, output: Path) -> subprocess.Popen:
+    command = [sys.executable, SCRIPT, *flags(big_text, model, output), "--num_workers", 2, "--seq_length", 1023]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    partial = output.parent / f".{output.name}.partial"
     while not list(partial.glob("chunk_*.npz")):
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
+    return process
+
+
+def test_killed_and_started_again(tmp_path, big_text, spm_model):
+    """SIGKILL while workers encode: no output, no orphans; the same command then writes what one run writes."""
+    output = tmp_path / "out" / "wiki.mindrecord"
+    partial = output.parent / ".wiki.mindrecord.partial"
+    process = start_and_wait_for_a_chunk(big_text, spm_model, output)
     workers = children_of(process.pid)
     assert workers
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert list(partial.glob("chunk_*.npz"))
     assert not output.exists()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "workers outlive their killed parent"
         time.sleep(0.05)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(process.args, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = np.array(expected_run(big, spm_model))
+    run = np.array(expected_run(big_text, spm_model))
     assert np.array_equal(read_all(output)["input_ids"].reshape(-1), run[: len(run) // 1024 * 1024])
     assert not partial.exists()
 
 
+def test_a_killed_worker(tmp_path, big_text, spm_model):
+    """As the kernel does it when memory runs out."""
+    output = tmp_path / "out" / "wiki.mindrecord"
+    process = start_and_wait_for_a_chunk(big_text, spm_model, output)
+    for worker in children_of(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a tokenizing process was killed (out of memory?)" in err
+    assert "Traceback" not in err
+    assert [path.name for path in output.parent.iterdir()] == [".wiki.mindrecord.partial"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_takes_no_more(tmp_path, big_text, spm_model, workers):
+    """Files may not grow beyond 100 kB, which to a program looks like a full disk."""
+    output = tmp_path / "out" / "wiki.mindrecord"
+    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); " \
+              f"sys.argv.pop(0); sys.path.insert(0, {str(SCRIPT.parents[2])!r}); runpy.run_path({str(SCRIPT)!r}, " \
+              f"run_name='__main__')"
+    command = [sys.executable, "-c", limited, SCRIPT, *flags(big_text, spm_model, output), "--num_workers", workers]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "out" in done.stderr and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
+
+
 def children_of(pid: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    """The pool's processes (not multiprocessing's resource tracker)."""
+    children = [c for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()]
+    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
