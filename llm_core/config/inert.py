@@ -100,6 +100,9 @@ INERT: dict[str, Inert] = {
     "callbacks[CheckpointMonitor].async_save": Inert("a checkpoint is on the disk before the next step begins"),
     "callbacks[CheckpointMonitor].exception_save": Inert("a checkpoint is written at SIGINT and SIGTERM in any case"),
     "callbacks[CheckpointMonitor].remove_redundancy": Inert("nothing is written twice"),
+    "callbacks[CheckpointMonitor].save_trainable_params": Inert(
+        "all weights are trained; see save_network_params", _OFF
+    ),
     "callbacks[CheckpointMonitor].save_optimizer": Inert("the optimizer's state is always saved"),
     # model
     "model.model_config.batch_size": Inert("runner_config.batch_size and predict_batch_size say it"),

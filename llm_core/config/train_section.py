@@ -250,7 +250,6 @@ class CheckpointMonitor(Section):
     keep_checkpoint_max: int = key(5, "How many to keep.", ge=1)
     keep_checkpoint_per_n_minutes: int = key(0, "Keep one of every so many minutes besides; 0 = do not.", ge=0)
     save_network_params: bool = key(False, "Write the weights alone into checkpoint_network/ as well.")
-    save_trainable_params: bool = key(False, "Write the trainable weights alone into checkpoint_trainable/ as well.")
     checkpoint_format: Literal["safetensors", "ckpt"] = key("safetensors", "File format.")
     keep_best: Literal["eval_loss"] | None = key(None, "Keep the checkpoint with the lowest of this. (Ours.)")
 
