@@ -11,7 +11,7 @@ command  the whole script, from its start to the MindRecord in place, on the sam
 
 Text is repeated to about --seconds of work. Tokens are those of the text (no bos, eos, padding); own and peer must
 produce the same number. The data are WikiText-2, Alpaca's rows and SQuAD's if the folder --data (or $RUN_LLM_DATA, or
-../shared/data) has them, else text, questions and answers made from the docstrings of Python.
+../shared/data) has them, else the demo's text, questions and answers, which are made from Python's docstrings.
 """
 
 from __future__ import annotations
@@ -253,44 +253,28 @@ def find_data(given: str | None) -> Path | None:
 
 
 def make_data(folder: Path) -> Path:
-    """Stand-ins of the same form from Python's docstrings, and a tokenizer of 8192 pieces trained on them."""
-    import inspect
-    import io
-    import pkgutil
-    from pydoc_data.topics import topics
-
-    import sentencepiece
-
-    docs = dict(sorted(topics.items()))
-    for module in sorted(sys.stdlib_module_names & {m.name for m in pkgutil.iter_modules()}):
-        if module in ("antigravity", "this", "idlelib", "test", "turtledemo"):
-            continue
-        try:
-            members = inspect.getmembers(__import__(module))
-        except Exception:  # a module of another platform
-            continue
-        docs |= {f"{module}.{name}": doc for name, member in members if callable(member) and (doc := member.__doc__)}
-    texts = {name: str(doc) for name, doc in docs.items() if len(str(doc)) > 80}
-    for figure in FIGURES:
-        input_file(figure, folder).parent.mkdir(parents=True)
-    paragraphs = [text.replace("\n", " ") for text in texts.values()]
-    input_file("wiki", folder).write_text("".join(f" \n {p} \n" for p in paragraphs), encoding="utf-8")
-    rows = [{"instruction": f"What is {name}?", "input": "", "output": text[:600]} for name, text in texts.items()]
-    input_file("alpaca", folder).write_text(json.dumps(rows))
+    """Stand-ins of the same form: the demo's text, questions and tokenizer, made from Python's docstrings."""
+    made = folder / "demo"
+    corpus = [sys.executable, str(common.ROOT / "tools" / "demo_corpus.py"), "--output_dir", str(made)]
+    subprocess.run([*corpus, "--vocab_size", "8192"], check=True, capture_output=True)
+    rows = json.loads((made / "alpaca.json").read_text(encoding="utf-8"))
     passages = [
-        {"context": text[:800], "qas": [{"question": f"What is {name}?", "answers": [{"text": text[:40]}]}]}
-        for name, text in texts.items()
+        {
+            "context": row["output"],
+            "qas": [{"question": row["instruction"], "answers": [{"text": row["output"].split("\n")[0]}]}],
+        }
+        for row in rows
     ]
-    input_file("squad", folder).write_text(json.dumps({"data": [{"paragraphs": passages}]}))
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(paragraphs), model_writer=model, vocab_size=8192, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=100_000,
-        minloglevel=2, num_threads=common.THREADS,
-    )  # fmt: skip
-    tokenizer = folder / "tokenizers" / "llama2" / "tokenizer.model"
-    tokenizer.parent.mkdir(parents=True)
-    tokenizer.write_bytes(model.getvalue())
+    (made / "squad.json").write_text(json.dumps({"data": [{"paragraphs": passages}]}), encoding="utf-8")
+    targets = {
+        "train.txt": input_file("wiki", folder),
+        "alpaca.json": input_file("alpaca", folder),
+        "squad.json": input_file("squad", folder),
+        "tokenizer.model": folder / "tokenizers" / "llama2" / "tokenizer.model",
+    }
+    for name, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (made / name).rename(target)
     return folder
 
 
