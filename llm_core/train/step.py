@@ -79,7 +79,8 @@ class TrainStep(nn.Cell):
 
     def __init__(self, token_loss: nn.Cell, optimizer: nn.Cell, max_grad_norm: float | None = None) -> None:
         super().__init__(auto_prefix=False)
-        self.value_and_grad = ops.value_and_grad(WindowLoss(token_loss), None, optimizer.params, has_aux=True)
+        self.window_loss = WindowLoss(token_loss)  # a child, see AccumulateStep (frozen weights are no optimizer's)
+        self.value_and_grad = ops.value_and_grad(self.window_loss, None, optimizer.params, has_aux=True)
         self.finish = Finish(optimizer, max_grad_norm)
 
     def construct(self, tokens, labels, key, per_token, scale, lr, step, loss_limit):
@@ -106,7 +107,8 @@ class AccumulateStep(nn.Cell):
 
     def __init__(self, token_loss: nn.Cell, weights: ParameterTuple, sums: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.value_and_grad = ops.value_and_grad(WindowLoss(token_loss), None, weights, has_aux=True)
+        self.window_loss = WindowLoss(token_loss)  # a child: a cached graph finds its weights here, by name
+        self.value_and_grad = ops.value_and_grad(self.window_loss, None, weights, has_aux=True)
         self.sums = sums
 
     def construct(self, tokens, labels, key, per_token, scale):
