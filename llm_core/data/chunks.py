@@ -57,7 +57,8 @@ class WorkFolder:
     """The folder of finished chunks, `.NAME.partial` beside the output; emptied if it belongs to another job.
 
     `job` says all that the chunks depend on (hashes of the inputs, the encoder, the tokenizer). A context manager:
-    the folder stays after an error or a kill, and is removed by `remove`. UserError if another process works in it.
+    the folder stays after a kill or a fault of the machine; `remove` and a UserError remove it. UserError if another
+    process works in it.
     """
 
     def __init__(self, output: Path, job: dict[str, Any]) -> None:
@@ -87,6 +88,8 @@ class WorkFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
+        if kind is not None and issubclass(kind, UserError):
+            self.remove()  # what mends the mistake changes the job
 
     def file(self, number: int) -> Path:
         """Where chunk `number` is kept."""
@@ -119,7 +122,7 @@ class ChunkEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)  # waits for the chunks in work: nobody writes after this
 
     def start(self, chunks: Sequence[Chunk], folder: WorkFolder) -> Iterator[int]:
         """Begin encoding the chunks that `folder` lacks; iterate over the weights as chunks are done, in order.

@@ -86,6 +86,8 @@ def preprocess(
     require_positive(repeat=repeat, file_partition=num_shards)
     if num_workers is not None:
         require_positive(num_workers=num_workers)
+    if not output.name or output.is_dir():
+        raise UserError(f"{output}: is a folder; give a file name, such as {output / 'train.mindrecord'}")
     tokenizer_path = find_tokenizer_file(tokenizer)
     loaded = load_tokenizer(tokenizer_path)  # a damaged one is reported before any work
     inputs = [{"name": path.name, "sha256": sha256_of(path)} for path in data_set.inputs]

@@ -291,7 +291,7 @@ def test_text_that_is_not_utf8(run_script, text_file, spm_model, tmp_path, worke
     line = good.count(b"\n") + 1
     assert code == 2
     assert f"{bad}:{line}: not UTF-8 text (byte 0xe9 at offset {len(good) + 4})" in err
-    assert not output.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["latin1.tokens"]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +345,13 @@ def test_output_that_cannot_be_written(run_script, text_file, spm_model, tmp_pat
         assert code == 1
         assert str(output.parent) in err
         assert "Traceback" not in err
+
+
+def test_output_that_is_a_folder(run_script, text_file, spm_model, tmp_path):
+    for output in (tmp_path, ""):
+        code, _, err = run_script("llama_preprocess", *flags(text_file, spm_model, output))
+        assert code == 2
+        assert "is a folder; give a file name" in err
 
 
 def test_runs_from_any_folder(tmp_path):
