@@ -8,7 +8,10 @@ whether the run was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -148,9 +151,11 @@ def _write(
     """Returns the number of records and the counts that went into the manifest."""
     from llm_core.data.records import RecordWriter
 
+    with _ctrl_c_waits():  # Python aborts with pages of traceback if it ends while MindSpore is half imported
+        import mindspore.mindrecord  # noqa: F401  takes seconds; the workers, if there are any, work meanwhile
+
     encoded_counts: Counter[str] = Counter()
     records = 0
-    # This imports MindSpore, which takes seconds; the workers, if there are any, work meanwhile.
     with RecordWriter(output, data_set.columns, manifest, num_shards) as writer:
         for columns, counts_of_chunk in rows:
             encoded_counts.update(counts_of_chunk)
@@ -162,6 +167,22 @@ def _write(
             name: _put_beside(output, folder, name, content) for name, content in _named(output, data_set).items()
         }
     return records, counts
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """A Ctrl-C in the block raises KeyboardInterrupt after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = []
+    former = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _named(output: Path, data_set: DataSet) -> dict[str, bytes]:

@@ -260,6 +260,18 @@ def test_a_killed_worker(tmp_path, big_text, spm_model):
     assert [path.name for path in output.parent.iterdir()] == [".wiki.mindrecord.partial"]
 
 
+def test_ctrl_c(tmp_path, big_text, spm_model):
+    """While MindSpore is being imported, which is when the first chunks are done."""
+    output = tmp_path / "out" / "wiki.mindrecord"
+    process = start_and_wait_for_a_chunk(big_text, spm_model, output)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "error: stopped; the same command goes on from the finished parts"
+    assert "Traceback" not in err
+    assert [path.name for path in output.parent.iterdir()] == [".wiki.mindrecord.partial"]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_that_takes_no_more(tmp_path, big_text, spm_model, workers):
     """Files may not grow beyond 100 kB, which to a program looks like a full disk."""
