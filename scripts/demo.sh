@@ -46,7 +46,7 @@ records wiki "$corpus/valid.txt" "$out/valid.mindrecord"
 show "$python" run_llm.py show-data "$out/train.mindrecord" -n 1
 
 headline "3/7 pretraining a Llama"
-train "$out/pretrain" "" --config configs/demo/pretrain_llama_demo.yaml \
+train "$out/pretrain" "" --config configs/demo/pretrain_llama_demo.yaml --epochs 3 \
     --train_dataset_dir "$out/train.mindrecord" --eval_dataset_dir "$out/valid.mindrecord"
 echo "loss plot: $out/pretrain/loss.png"
 
