@@ -121,7 +121,7 @@ def test_another_run_on_the_folder(
     ("change", "said"),
     [
         (lambda t: t, None),
-        (lambda t: {k: v for k, v in t.items() if "layers.1.attention.wq" not in k}, "1 missing"),
+        (lambda t: {k: v for k, v in t.items() if "layers.0.attention.wq" not in k}, "1 missing"),
         (
             lambda t: {**t, "lm_head.weight": t["lm_head.weight"][:50]},
             r"lm_head.weight is [50, 32] in the file and [96, 32]",

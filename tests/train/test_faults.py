@@ -208,3 +208,21 @@ def test_a_config_cannot_run_code(tmp_path, write_config):
     evil.write_text(write_config().read_text() + f"env: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
     refused(run(evil), 2, "evil.yaml")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_second_start_takes_its_graphs_from_the_cache(write_config, tmp_path, accumulation):
+    """And computes the same: MindSpore finds the weights of a cached graph by name among the Cell's children."""
+    environment = {**os.environ, "RUN_LLM_CACHE": str(tmp_path / "cache")}
+    curves, graphs = [], []
+    for name in ("first", "second"):
+        config = write_config(
+            runner_config__stop_step=4, runner_config__gradient_accumulation_steps=accumulation, callbacks=[],
+            output_dir=str(tmp_path / name), model__model_config__hidden_dropout_rate=0.1,
+        )
+        assert run(config, env=environment).returncode == 0
+        curves.append(losses(tmp_path / name))
+        graphs.append(sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*.mindir")))
+    assert curves[0] == curves[1]
+    assert len(graphs[0]) == (1 if accumulation == 1 else 2)
+    assert graphs[0] == graphs[1]  # nothing compiled anew
