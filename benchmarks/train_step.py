@@ -111,7 +111,7 @@ def own_step():
     def step(index: int) -> float:
         ids = token_ids(index).astype(np.int32)
         window = [(ids[:, :-1], ids[:, 1:])]
-        return stepper.run(window, lr=1e-4, scale=1.0, update=index + 1, key=index).loss
+        return stepper.run(window, lr=1e-4, scale=1.0, update=index + 1, step=index).loss
 
     return step
 

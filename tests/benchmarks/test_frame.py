@@ -1,6 +1,7 @@
 """The frame of the benchmarks: the ratio line's form, what a result file holds, what `make bench` ends with."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,3 +31,18 @@ def test_ratio_lines_of_a_script_are_collected(tmp_path):
     script = tmp_path / "bench.py"
     script.write_text("print('noise')\nprint('ratio a 1.000 (own 1 s, p 1 s)')\nraise SystemExit(3)\n")
     assert run.run(script) == (3, ["ratio a 1.000 (own 1 s, p 1 s)"])
+
+
+def test_own_side_of_the_train_step_still_fits_the_package():
+    """Two steps of a tiny model, so that a change of the step's interface cannot break the benchmark unseen."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from benchmarks import train_step as b\n"
+        "b.LENGTH, b.BATCH = 8, 2\n"
+        "b.SHAPE.update(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn=32)\n"
+        "step = b.own_step(); print(step(0), step(1))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(3 < float(loss) < 6 for loss in done.stdout.split())  # ln 64 = 4.16
