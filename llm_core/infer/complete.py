@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llm_core.errors import UserError
-from llm_core.infer.generate import Generation, Generator
 from llm_core.infer.sampling import SamplingParams
 from llm_core.infer.stream import TextStream
 from llm_core.text import Tokenizer
+
+if TYPE_CHECKING:
+    from llm_core.infer.generate import Generation, Generator
 
 DEFAULT_BATCH = 8
 

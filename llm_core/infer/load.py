@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from llm_core.config import LoadedConfig
 from llm_core.errors import UserError
+from llm_core.infer.complete import Completer
+from llm_core.infer.ctrl_c import sigint_blocked
 from llm_core.report.console import console
 from llm_core.text import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from llm_core.infer.complete import Completer
     from llm_core.models.decoder import CausalLM
     from llm_core.models.spec import DecoderSpec
 
@@ -39,7 +40,8 @@ def load_for_inference(
     tokenizer = None
     if need_tokenizer or config.processor.tokenizer.vocab_file:
         tokenizer = load_fitting_tokenizer(loaded, spec)
-    runtime.start(config)
+    with sigint_blocked():
+        runtime.start(config)
 
     from llm_core.checkpoint.weights import load_into, open_weights
     from llm_core.models.decoder import CausalLM
@@ -59,7 +61,6 @@ def load_for_inference(
 def load_completer(loaded: LoadedConfig) -> Completer:
     """As `load_for_inference`, wrapped for generating text."""
     net, spec, tokenizer = load_for_inference(loaded)
-    from llm_core.infer.complete import Completer
     from llm_core.infer.generate import Generator
 
     config = loaded.config.model.config

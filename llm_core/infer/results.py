@@ -7,9 +7,12 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_core.errors import EnvironmentFault
-from llm_core.infer.complete import Completion
+
+if TYPE_CHECKING:
+    from llm_core.infer.complete import Completion
 
 TEXT_FILE = "text_generation_result.txt"
 JSONL_FILE = "text_generation_result.jsonl"

@@ -9,6 +9,7 @@ from llm_core.config import LoadedConfig
 from llm_core.infer.ctrl_c import CtrlC
 from llm_core.infer.load import load_completer
 from llm_core.infer.prompts import read_prompts
+from llm_core.infer.results import prepare_output_dir, write_results
 from llm_core.infer.sampling import sampling_params
 from llm_core.report.console import console, is_terminal
 from llm_core.report.environment import save_run_record
@@ -23,8 +24,6 @@ def predict(loaded: LoadedConfig) -> int:
     config = loaded.config
     params = sampling_params(config.model.config)
     prompts = read_prompts(config.predict_data or config.input_data or [])
-    from llm_core.infer.results import prepare_output_dir, write_results
-
     folder = prepare_output_dir(config.output_dir)
     completer = load_completer(loaded)
     save_run_record(folder, sys.argv, loaded.as_yaml())

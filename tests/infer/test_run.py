@@ -148,3 +148,10 @@ def test_the_script_refuses_wrong_arguments(arguments):
     done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_nothing_imports_mindspore_before_the_environment_is_set():
+    """OMP_WAIT_POLICY counts only if it is there when MindSpore is imported: runtime.start does both."""
+    modules = ("api", "infer.run", "infer.chat", "infer.load", "infer.complete", "infer.results", "infer.sampling")
+    code = f"import sys; [__import__('llm_core.' + name) for name in {modules}]; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
