@@ -89,7 +89,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def run(name: str) -> SimpleNamespace:
-    """Our results on a case: loss, count, gradients by name, logits [B, S, V], greedy [B, NEW_TOKENS]."""
+    """Our model of a case, and its loss, count, gradients by name, logits [B, S, V], greedy [B, NEW_TOKENS]."""
     import mindspore as ms
     from mindspore import Tensor, nn, ops
 
@@ -97,47 +97,52 @@ def run(name: str) -> SimpleNamespace:
     from llm_core.models.decoder import CausalLM
     from llm_core.models.heads import TokenLoss
 
-    class LossAndGradients(nn.Cell):
-        """TokenLoss with its gradients."""
+    class Step(nn.Cell):
+        """TokenLoss, its gradients and the logits in one graph, since compiling is what takes the time here."""
 
         def __init__(self, net):
             super().__init__(auto_prefix=False)
             self.weights = ms.ParameterTuple(net.trainable_params())
-            self.loss = TokenLoss(net)
+            self.net, self.loss = net, TokenLoss(net)
             self.gradient = ops.GradOperation(get_by_list=True, sens_param=True)
 
         def construct(self, tokens, labels):
             loss, count = self.loss(tokens, labels)
-            gradients = self.gradient(self.loss, self.weights)(tokens, labels, (ops.ones_like(loss), ops.zeros_like(count)))
-            return loss, count, gradients
+            sens = (ops.ones_like(loss), ops.zeros_like(count))
+            gradients = self.gradient(self.loss, self.weights)(tokens, labels, sens)
+            return loss, count, gradients, self.net(tokens)
 
     net = CausalLM(spec_of(name), seed=None)
     fill(net)
     tokens, labels = data()
-    step = LossAndGradients(net)
-    loss, count, gradients = step(Tensor(tokens), Tensor(labels))
+    step = Step(net)
+    loss, count, gradients, logits = step(Tensor(tokens), Tensor(labels))
     by_name = {p.name: g.asnumpy() for p, g in zip(step.weights, gradients, strict=True)}
     decoder = CachedDecoder(net, BATCH, PROMPT + NEW_TOKENS)
     return SimpleNamespace(
         net=net,
+        decoder=decoder,
         loss=float(loss),
         count=float(count),
         gradients=by_name,
-        logits=net(Tensor(tokens)).asnumpy(),
-        greedy=greedy(decoder, tokens[:, :PROMPT], np.zeros(BATCH, np.int32)),
+        logits=logits.asnumpy(),
+        greedy=greedy(decoder, tokens[:, :PROMPT], np.zeros(BATCH, np.int32), PROMPT if name in DEEP else 1),
     )
 
 
-def greedy(decoder, prompt: np.ndarray, kv_start: np.ndarray) -> np.ndarray:
-    """Greedy continuation of a left-padded prompt [B, P] by a CachedDecoder: int32 [B, NEW_TOKENS]."""
+def greedy(decoder, prompt: np.ndarray, kv_start: np.ndarray, width: int = PROMPT) -> np.ndarray:
+    """Greedy continuation of a left-padded prompt [B, P], read in pieces of `width`: int32 [B, NEW_TOKENS]."""
     from mindspore import Tensor
 
-    start, tokens, out = 0, prompt, []
-    for _ in range(NEW_TOKENS):
-        logits = decoder(Tensor(tokens), Tensor(np.int32(start)), Tensor(kv_start)).asnumpy()
-        start += tokens.shape[1]
-        tokens = logits.argmax(-1).astype(np.int32)[:, None]
-        out.append(tokens)
+    def read(tokens, start):
+        return decoder(Tensor(tokens), Tensor(np.int32(start)), Tensor(kv_start)).asnumpy()
+
+    for start in range(0, prompt.shape[1], width):
+        logits = read(np.ascontiguousarray(prompt[:, start : start + width]), start)
+    out = []
+    for position in range(prompt.shape[1], prompt.shape[1] + NEW_TOKENS):
+        out.append(logits.argmax(-1).astype(np.int32)[:, None])
+        logits = read(out[-1], position)
     return np.concatenate(out, 1)
 
 

@@ -83,13 +83,10 @@ def test_left_padding():
     """Rows of different lengths, padded on the left, continue as they do alone; what stands in the pads is nothing."""
     from mindspore import Tensor
 
-    from llm_core.models.cache import CachedDecoder
-
     ours = llama_cases.run("gqa")
     prompts = llama_cases.data()[0][:, :PROMPT].copy()
     kv_start = np.array([0, 4, 7], np.int32)
-    decoder = CachedDecoder(ours.net, BATCH, PROMPT + NEW_TOKENS)
-    padded = llama_cases.greedy(decoder, prompts, kv_start)
+    padded = llama_cases.greedy(ours.decoder, prompts, kv_start)
     np.testing.assert_array_equal(padded[0], ours.greedy[0])
     for row, first in enumerate(kv_start):
         alone = np.zeros((BATCH, PROMPT + NEW_TOKENS), np.int32)
@@ -101,19 +98,16 @@ def test_left_padding():
             alone[:, length + step] = padded[row, step]
     for row, first in enumerate(kv_start):
         prompts[row, :first] = 1 + row
-    np.testing.assert_array_equal(llama_cases.greedy(decoder, prompts, kv_start), padded)
+    np.testing.assert_array_equal(llama_cases.greedy(ours.decoder, prompts, kv_start), padded)
 
 
 @pytest.mark.parity
 def test_left_padding_live():
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from llm_core.models.cache import CachedDecoder
-
     ours = llama_cases.run("gqa")
     prompts = llama_cases.data()[0][:, :PROMPT]
     kv_start = np.array([0, 4, 7], np.int32)
     mask = torch.from_numpy((np.arange(PROMPT)[None] >= kv_start[:, None]).astype(np.int64))
     theirs = llama_cases.hf_greedy(llama_cases.hf_model("gqa"), torch.from_numpy(prompts.astype(np.int64)), mask)
-    decoder = CachedDecoder(ours.net, BATCH, PROMPT + NEW_TOKENS)
-    np.testing.assert_array_equal(llama_cases.greedy(decoder, prompts, kv_start), theirs)
+    np.testing.assert_array_equal(llama_cases.greedy(ours.decoder, prompts, kv_start), theirs)

@@ -47,6 +47,12 @@ def step():
     return make
 
 
+@pytest.fixture(scope="module")
+def plain(step):
+    """Loss and gradients of SPEC without dropout or recomputation."""
+    return step(SPEC)()
+
+
 def test_initial_values_depend_on_seed_and_name_alone():
     from llm_core.models.decoder import CausalLM
 
@@ -75,7 +81,7 @@ def test_parameter_names_survive_wrapping():
     assert [p.name for p in CachedDecoder(net, 1, 8).trainable_params()] == names
 
 
-def test_dropout_depends_on_its_key_alone(step):
+def test_dropout_depends_on_its_key_alone(step, plain):
     spec = llama_cases.spec_of("gqa", num_layers=1, hidden_dropout=0.2, attention_dropout=0.2)
     dropped, again = step(spec), step(spec)
     key = core_ops.dropout_key(seed=1, step=7, micro_batch=0)
@@ -86,7 +92,7 @@ def test_dropout_depends_on_its_key_alone(step):
         np.testing.assert_array_equal(a, b)
     for other in ((2, 7, 0), (1, 8, 0), (1, 7, 1)):
         assert dropped(core_ops.dropout_key(*other))[0] != loss
-    assert dropped()[0] == step(SPEC)()[0]  # no key, no dropout
+    assert dropped()[0] == plain[0]  # no key, no dropout
 
 
 @pytest.mark.parametrize(
@@ -94,16 +100,14 @@ def test_dropout_depends_on_its_key_alone(step):
     [dict(recompute=True, select_recompute=False), dict(recompute=False, select_recompute=True)],
     ids=["whole", "select"],
 )
-def test_recompute_changes_no_number(step, config):
+def test_recompute_changes_no_number(step, plain, config):
     from llm_core.models.recompute import apply_recompute
 
-    spec = llama_cases.spec_of("gqa")
     marked = []
-    loss, gradients = step(spec, lambda net: marked.append(apply_recompute(net, SimpleNamespace(**config))))()
-    assert marked == [2]
-    plain_loss, plain = step(spec)()
-    assert loss == plain_loss
-    for a, b in zip(gradients, plain, strict=True):
+    loss, gradients = step(SPEC, lambda net: marked.append(apply_recompute(net, SimpleNamespace(**config))))()
+    assert marked == [1]
+    assert loss == plain[0]
+    for a, b in zip(gradients, plain[1], strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -25,23 +25,22 @@ def check(cell, oracle, *inputs: np.ndarray, constants: tuple = (), tolerance: f
     import mindspore as ms
     from mindspore import nn
 
-    class Gradients(nn.Cell):
+    class ValueAndGradients(nn.Cell):
         def __init__(self):
             super().__init__(auto_prefix=False)
             self.cell = cell
             self.gradient = ms.ops.GradOperation(get_all=True, sens_param=True)
 
         def construct(self, sens, *args):
-            return self.gradient(self.cell)(*args, sens)
+            return self.cell(*args), self.gradient(self.cell)(*args, sens)
 
     wide = [a.astype(np.float64) for a in inputs]
     expected = oracle(*wide, *constants)
-    fixed = tensors(constants)
-    value = cell(*tensors(inputs), *fixed).asnumpy()
+    sens = normal(*np.shape(expected))
+    value, gradients = ValueAndGradients()(tensors([sens])[0], *tensors([*inputs, *constants]))
+    value = value.asnumpy()
     assert value.shape == np.shape(expected)
     assert np.linalg.norm(value - expected) <= tolerance * np.linalg.norm(expected)
-    sens = normal(*np.shape(expected))
-    gradients = Gradients()(tensors([sens])[0], *tensors(inputs), *fixed)
     for i, gradient in enumerate(gradients[: len(inputs)]):
         direction, h = normal(*inputs[i].shape).astype(np.float64), 1e-5
         ends = [oracle(*wide[:i], wide[i] + s * h * direction, *wide[i + 1 :], *constants) for s in (1, -1)]
