@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -80,40 +81,95 @@ def compile_cache(**key: Any) -> Iterator[None]:
     """Within this block, take compiled graphs from the per-user cache, or put them there.
 
     MindSpore's own cache names a graph by nothing but its order in the process and checks only the source
-    files: two runs that differ in a constant or a shape would silently share a graph. So every graph gets a
-    folder of its own, named by a hash of `key`, of this package's sources and of MindSpore's version.
-    Compile exactly one cell inside the block (its first call). RUN_LLM_COMPILE_CACHE=0 turns the cache off.
+    files: two runs that differ in a constant or a shape would silently share a graph. So every graph is kept
+    in a folder of its own, named by a hash of `key`, of this package's sources and of MindSpore's version,
+    and handed to MindSpore under the number that it will look for.
+    Compile exactly one cell inside the block (its first call). All parameters that the graph touches must be
+    found by the cell's `parameters_dict()`: that is where MindSpore looks up the weights of a cached graph.
+    RUN_LLM_COMPILE_CACHE=0 turns the cache off.
 
     Args:
         key: everything that shapes the graph: what is compiled, the model's spec, input shapes, constants.
     """
-    if os.environ.get("RUN_LLM_COMPILE_CACHE") == "0":
+    work = None if os.environ.get("RUN_LLM_COMPILE_CACHE") == "0" else _work_folder()
+    if work is None:
         yield
         return
     import mindspore as ms
 
     text = json.dumps({**key, "version": ms.__version__, "sources": _source_hash()}, sort_keys=True, default=str)
-    root = cache_dir() / "graphs"
-    final = root / hashlib.sha256(text.encode()).hexdigest()[:32]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # A new graph is compiled into a folder of its own and renamed when whole, so that a killed process
-        # or a second one at the same moment never leaves half a graph under the final name.
-        work = final if final.exists() else Path(tempfile.mkdtemp(prefix="new-", dir=root))
-    except OSError:  # a read-only home: compile without a cache
-        yield
-        return
+    kept = cache_dir() / "graphs" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    graphs = work / f"rank_{os.environ.get('RANK_ID', '0')}" / "graph_cache"
+    placed = _place(kept, graphs)
     _forget_entry_script()
     ms.set_context(enable_compile_cache=True, compile_cache_path=str(work))
     try:
         yield
-    except BaseException:
-        if work != final:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
     finally:
         ms.set_context(enable_compile_cache=False)
-    _keep(work, final)
+    _collect(graphs, placed, kept)
+
+
+_graphs_so_far = 0  # that MindSpore has compiled, or found, with its cache on: the number of the next one
+
+
+@cache
+def _work_folder() -> Path | None:
+    """This process's own folder for MindSpore's cache, which keeps to the first path it is given.
+
+    None where nothing can be written (a read-only home): then graphs are compiled without a cache.
+    """
+    root = cache_dir() / "graphs"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="work-", dir=root))
+    except OSError:
+        return None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _place(kept: Path, graphs: Path) -> set[str]:
+    """Put the kept graphs where MindSpore will look for its next ones; returns their file names there."""
+    names = set()
+    try:
+        for number, path in enumerate(sorted(kept.glob("*.mindir")), start=_graphs_so_far):
+            graphs.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, graphs / f"compile_cache_{number}.mindir")
+            names.add(f"compile_cache_{number}.mindir")
+        if names:
+            shutil.copyfile(kept / "compile_dependency.hash", graphs / "compile_dependency.hash")
+            os.utime(kept)
+    except OSError:  # another process is pruning: then it is compiled
+        return set()
+    return names
+
+
+def _collect(graphs: Path, placed: set[str], kept: Path) -> None:
+    """Keep what has been compiled, under its final name only when it is whole, and clear the work folder."""
+    global _graphs_so_far
+    found = {path.name: int(path.stem.rpartition("_")[2]) for path in graphs.glob("*.mindir")}
+    _graphs_so_far = max([_graphs_so_far, *(number + 1 for number in found.values())])
+    try:
+        if found.keys() - placed:
+            new = Path(tempfile.mkdtemp(prefix="new-", dir=kept.parent))
+            for name, number in found.items():
+                shutil.copyfile(graphs / name, new / f"{number:06d}.mindir")
+            shutil.copyfile(graphs / "compile_dependency.hash", new / "compile_dependency.hash")
+            shutil.rmtree(kept, ignore_errors=True)
+            new.rename(kept)
+        _prune(kept.parent)
+    except OSError:  # a full disk, or another process was first
+        pass
+    for name in found:
+        (graphs / name).unlink(missing_ok=True)
+
+
+def _prune(root: Path) -> None:
+    """Remove the least recently used graphs, and what processes that were killed have left."""
+    newest_first = sorted(root.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
+    for entry in newest_first[_KEPT_GRAPHS:]:
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def _forget_entry_script() -> None:
@@ -125,20 +181,6 @@ def _forget_entry_script() -> None:
         module = sys.modules.get(name)
         if getattr(module, "entry_script_path", None) is not None:
             module.entry_script_path = None
-
-
-def _keep(work: Path, final: Path) -> None:
-    """Give a new graph its name, mark an old one as used, and drop the least recently used ones."""
-    try:
-        if work != final:
-            work.rename(final)
-        os.utime(final)
-        kept = sorted(final.parent.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
-    except OSError:  # another process was first, or is pruning: its folder serves as well as ours
-        shutil.rmtree(work, ignore_errors=True)
-        return
-    for entry in kept[_KEPT_GRAPHS:]:
-        shutil.rmtree(entry, ignore_errors=True)
 
 
 @cache

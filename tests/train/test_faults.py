@@ -224,5 +224,5 @@ def test_a_second_start_takes_its_graphs_from_the_cache(write_config, tmp_path, 
         curves.append(losses(tmp_path / name))
         graphs.append(sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*.mindir")))
     assert curves[0] == curves[1]
-    assert len(graphs[0]) == (1 if accumulation == 1 else 2)
+    assert len(graphs[0]) == (1 if accumulation == 1 else 2), graphs[0]
     assert graphs[0] == graphs[1]  # nothing compiled anew
