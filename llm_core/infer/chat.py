@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -61,8 +60,6 @@ class Chat:
 
     def run(self) -> None:
         """Read lines until there are no more."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # MindSpore may have put its own
         read = line_reader()
         console.info(f"template {self.history.template}; /help lists the commands")
         while (line := read()) is not None:
@@ -150,6 +147,8 @@ def line_reader() -> Callable[[], str | None]:
 
     def ask() -> str | None:
         while True:
+            # MindSpore ends a graph's work in a thread of its own, and may have put its handler back meanwhile
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 return input(paint("> ", "bold"))
             except EOFError:

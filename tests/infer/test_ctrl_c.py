@@ -32,8 +32,9 @@ def in_terminal(arguments, replies, limit=120):
             seen = found + len(replies[0][0])
             time.sleep(1)
             os.write(terminal, replies.pop(0)[1])
-    assert not replies, f"never shown: {replies[0][0]!r} in {shown!r}"
-    return shown.decode(errors="replace"), os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert not replies, f"exit {code}; never shown: {replies[0][0]!r} in {shown!r}"
+    return shown.decode(errors="replace"), code
 
 
 def test_predict_keeps_what_was_written(run_file, tmp_path):
