@@ -78,13 +78,14 @@ class RotaryAngles(nn.Cell):
     """cos and sin of positions: int32 [N, S] -> two fp32 [N, S, 1, head_dim], for `ops.Rope`.
 
     Both halves of a head turn by the same angle, so a row is (c, c) and (-s, s). `length` int32 [] is the
-    current sequence length, which only dynamic_ntk needs; it knows lengths up to `max_length`.
+    current sequence length, which only dynamic_ntk needs; it knows lengths up to `max_length` and refuses longer
+    ones when the graph is compiled.
     """
 
     def __init__(self, rope: RopeSpec, head_dim: int, max_length: int):
         super().__init__(auto_prefix=False)
         self.dynamic = rope.method == "dynamic_ntk"
-        self.shortest = rope.original_length
+        self.shortest, self.max_length = rope.original_length, max_length
         lengths = range(self.shortest, max(max_length, self.shortest) + 1) if self.dynamic else (0,)
         rows, self.scale = zip(*(rope_frequencies(rope, head_dim, n) for n in lengths), strict=True)
         self.scale = self.scale[0]
@@ -95,6 +96,8 @@ class RotaryAngles(nn.Cell):
         if self.dynamic:
             frequencies = ops.gather(frequencies, ops.maximum(length - self.shortest, 0).reshape(1), 0)
         rows, width = positions.shape
+        if self.dynamic and width > max(self.max_length, self.shortest):
+            raise ValueError("the sequence is longer than max_length, up to which dynamic_ntk has frequencies")
         angles = ops.cast(positions, ms.float32).reshape(-1, 1) * frequencies
         cos, sin = ops.cos(angles) * self.scale, ops.sin(angles) * self.scale
         shape = (rows, width, 1, 2 * frequencies.shape[1])

@@ -115,3 +115,16 @@ def test_ntk_multiplies_the_base_as_mindformers_does():
     frequencies, scale = rope_frequencies(RopeSpec(100.0, "ntk", 4.0, 32), 8)
     np.testing.assert_allclose(frequencies, 400.0 ** (-np.arange(0, 8, 2) / 8), rtol=1e-6)
     assert scale == 1.0
+
+
+def test_dynamic_ntk_refuses_what_it_has_no_frequencies_for():
+    from mindspore import Tensor
+
+    from llm_core.models.rope import RotaryAngles
+    from llm_core.models.spec import RopeSpec
+
+    angles = RotaryAngles(RopeSpec(100.0, "dynamic_ntk", 2.0, 8), 4, 12)
+    positions = np.arange(13, dtype=np.int32)[None]
+    angles(Tensor(positions[:, :12]), Tensor(np.int32(12)))
+    with pytest.raises(ValueError, match="max_length"):
+        angles(Tensor(positions), Tensor(np.int32(13)))
