@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from llm_core.config import LoadedConfig, RunConfig
 from llm_core.data.loader import Loader
 from llm_core.data.open import open_loader
 from llm_core.errors import UserError
+from llm_core.infer.load import end_ids, load_fitting_tokenizer
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 from llm_core.report.metrics import MetricsLog
 from llm_core.runtime import start
+from llm_core.text import Tokenizer
 from llm_core.train.anomaly import AnomalyPolicy
 from llm_core.train.loop import Intervals, Run, fit, restore
 from llm_core.train.loss_scale import build_loss_scale
@@ -36,7 +39,7 @@ def train(loaded: LoadedConfig) -> int:
     with lock_output_dir(output_dir):
         console.log_to(output_dir)
         save_run_record(output_dir, sys.argv, loaded.as_yaml())
-        run = build(config)
+        run = build(loaded)
         code = fit(run)
     for line in run.timeline.table():
         (console.result if config.profile else console.detail)(line)
@@ -50,10 +53,13 @@ def train(loaded: LoadedConfig) -> int:
     return code
 
 
-def build(config: RunConfig) -> Run:
+def build(loaded: LoadedConfig) -> Run:
     """Every part of the run, cheap checks first: data and schedule before a weight is allocated."""
+    config = loaded.config
     model = config.model.config
     spec = spec_from_config(config.model)
+    samples = _callback(config, "SampleMonitor")
+    tokenizer = load_fitting_tokenizer(loaded, spec) if samples is not None else None
     checkpoints = _callback(config, "CheckpointMonitor")
     resume_from, store = _resume_point(config, checkpoints)
     loader = open_loader(config, config.train_dataset, "train")
@@ -117,7 +123,8 @@ def build(config: RunConfig) -> Run:
         _resume(run, *resume_from)
     if eval_loader is not None:
         run.evaluate = _evaluator(net, eval_loader, model)
-    run.sample = _sampler(net, spec, config)
+    if samples is not None:
+        run.sample = _sampler(net, spec, tokenizer, samples, model)
     run.on_step = _tensorboard(config, run)
     if config.profile:
         folder = Path(config.output_dir) / "profile"
@@ -261,7 +268,7 @@ def _flops_per_sample(spec: DecoderSpec, length: int) -> float:
     return 6.0 * (spec.num_parameters - embedding) * length + 6.0 * spec.num_layers * spec.q_size * length**2
 
 
-def _evaluator(net: Any, loader: Loader, model: Any) -> Any:
+def _evaluator(net: Any, loader: Loader, model: Any) -> Callable[[], float]:
     from llm_core.evals.perplexity import Perplexity
 
     perplexity = Perplexity(net, pad_token_id=model.pad_token_id, ignore_token_id=model.ignore_token_id)
@@ -274,20 +281,14 @@ def _evaluator(net: Any, loader: Loader, model: Any) -> Any:
     return evaluate
 
 
-def _sampler(net: Any, spec: DecoderSpec, config: RunConfig) -> Any:
+def _sampler(net: Any, spec: DecoderSpec, tokenizer: Tokenizer, samples: Any, model: Any) -> Callable[[], None]:
     """SampleMonitor: continue its prompts greedily, so that one sees the model learn."""
-    samples = _callback(config, "SampleMonitor")
-    if samples is None:
-        return None
     from llm_core.infer.complete import Completer
     from llm_core.infer.generate import Generator
-    from llm_core.infer.load import load_tokenizer_for
     from llm_core.infer.sampling import SamplingParams
 
-    tokenizer = load_tokenizer_for(config)
-    generator = Generator(net, spec, eos_ids=[tokenizer.eos_id], pad_id=config.model.config.pad_token_id)
-    completer = Completer(generator, tokenizer)
-    params = SamplingParams(max_new_tokens=samples.max_new_tokens, do_sample=False)
+    completer = Completer(Generator(net, spec, eos_ids=end_ids(model), pad_id=model.pad_token_id), tokenizer)
+    params = SamplingParams(max_new_tokens=samples.max_new_tokens)
 
     def sample() -> None:
         for (completion,) in completer.complete(samples.prompts, params):

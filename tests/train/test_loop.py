@@ -17,7 +17,7 @@ from llm_core.train.run import build, train
 
 
 def run_of(config: Path, *overrides: tuple[str, str]) -> Run:
-    return build(load_config(config, overrides).config)
+    return build(load_config(config, overrides))
 
 
 def losses(output_dir: Path) -> list[float]:
