@@ -61,7 +61,7 @@ class DecoderConfig(Section):
         None, "Longest context the base model was trained with; null = seq_length. RoPE scaling starts from it.", ge=1
     )
     initializer_range: float = key(0.02, "Standard deviation of the initial weights. (Ours.)", gt=0)
-    hidden_dropout_rate: float = key(0.0, "Dropout on the output of attention and of the feed-forward. (Ours.)", ge=0, lt=1)
+    hidden_dropout_rate: float = key(0.0, "Dropout on the outputs of attention and feed-forward. (Ours.)", ge=0, lt=1)
     attention_dropout_rate: float = key(0.0, "Dropout on attention probabilities. (Ours.)", ge=0, lt=1)
     theta: float = key(10000.0, "Base of the rotary embedding.", gt=0)
     extend_method: Literal["None", "PI", "NTK", "DYNAMIC_NTK", "YARN", "LLAMA3"] = key(

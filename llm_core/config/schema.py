@@ -61,7 +61,7 @@ class RunConfig(Section):
         None, "Prompts, or a file with one prompt a line."
     )
     input_data: Annotated[list[str] | None, BeforeValidator(_as_list)] = key(None, "As predict_data, which wins.")
-    predict_batch_size: int | None = key(None, "Prompts answered together; null = all.", ge=1)
+    predict_batch_size: int | None = key(None, "Prompts answered together; null = up to 8.", ge=1)
 
     trainer: TrainerSection = key(TrainerSection.model_construct(), "Kept for MindFormers' files.")
     model: ModelSection = key(..., "The network.")

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from llm_core.config import LoadedConfig
 from llm_core.errors import UserError
-from llm_core.infer.ctrl_c import CtrlC
 from llm_core.infer.history import History
 from llm_core.infer.load import load_completer
 from llm_core.infer.sampling import SamplingParams, sampling_params
 from llm_core.report.console import console, is_terminal, paint
+from llm_core.signals import StopSignals
 
 HELP = """/reset              forget the conversation
 /set                show the generation settings
@@ -106,13 +106,13 @@ class Chat:
             max_new_tokens=self.params.max_new_tokens and min(self.params.max_new_tokens, spec.max_position - len(ids)),
             stop_strings=(*self.params.stop_strings, *self.history.stop_strings()),
         )
-        with CtrlC() as interrupted:
+        with StopSignals(signal.SIGINT) as interrupted:
             [[completion]] = self.completer.complete_ids(
                 [message], [ids], params, seed=self.seed, on_text=_writer(), interrupted=interrupted
             )
         sys.stdout.write("\n")
         sys.stdout.flush()
-        if interrupted.pressed:
+        if interrupted():
             console.info("(stopped)")
         self.history.add(message, completion.text)
         self.seed += 1

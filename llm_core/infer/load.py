@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import TYPE_CHECKING
 
 from llm_core.config import LoadedConfig
 from llm_core.errors import UserError
 from llm_core.infer.complete import Completer
-from llm_core.infer.ctrl_c import sigint_blocked
 from llm_core.report.console import console
+from llm_core.signals import signals_blocked
 from llm_core.text import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def load_for_inference(
     tokenizer = None
     if need_tokenizer or config.processor.tokenizer.vocab_file:
         tokenizer = load_fitting_tokenizer(loaded, spec)
-    with sigint_blocked():
+    with signals_blocked(signal.SIGINT):
         runtime.start(config)
 
     from llm_core.checkpoint.weights import load_into, open_weights

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
 from llm_core.config import LoadedConfig
-from llm_core.infer.ctrl_c import CtrlC
 from llm_core.infer.load import load_completer
 from llm_core.infer.prompts import read_prompts
 from llm_core.infer.results import prepare_output_dir, write_results
 from llm_core.infer.sampling import sampling_params
 from llm_core.report.console import console, is_terminal
 from llm_core.report.environment import save_run_record
+from llm_core.signals import StopSignals
 
 
 def predict(loaded: LoadedConfig) -> int:
@@ -31,7 +32,7 @@ def predict(loaded: LoadedConfig) -> int:
     live = len(prompts) == 1 and params.num_return_sequences == 1 and is_terminal(sys.stdout)
     results = []
     started = time.perf_counter()
-    with CtrlC() as interrupted:
+    with StopSignals(signal.SIGINT) as interrupted:
         if live:
             _show(prompts[0])
         for completions in completer.complete(
@@ -50,7 +51,7 @@ def predict(loaded: LoadedConfig) -> int:
     path = write_results(folder, results)
     console.info(_speed_line(results, completer.generator.timing, seconds))
     console.info(f"output result is saved at: {path}")
-    if interrupted.pressed:
+    if interrupted():
         console.warn(f"interrupted: {len(results)} of {len(prompts)} prompts were begun; what they got is in {path}")
         return 130
     return 0

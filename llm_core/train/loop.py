@@ -23,8 +23,8 @@ from llm_core.errors import EnvironmentFault
 from llm_core.report.console import console, is_terminal
 from llm_core.report.metrics import MetricsLog
 from llm_core.report.steplog import format_bar_line, format_step_line
+from llm_core.signals import StopSignals
 from llm_core.train.anomaly import ROLLBACK, STOP, AnomalyPolicy
-from llm_core.train.interrupt import StopRequest
 from llm_core.train.loss_scale import LossScale
 from llm_core.train.step import Stepper, StepResult
 from llm_core.train.timeline import OperatorProfile, Timeline
@@ -85,7 +85,7 @@ class Run:
     operators: OperatorProfile | None = None
     cursor: Cursor = field(default_factory=Cursor)
     timeline: Timeline = field(default_factory=Timeline)
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopSignals = field(default_factory=lambda: StopSignals(signal.SIGINT, signal.SIGTERM))
     saved_step: int = -1
     saved_at: float = field(default_factory=time.monotonic)
     drawn_at: float = field(default_factory=time.monotonic)
@@ -126,16 +126,16 @@ class _Stopped(Exception):
 def fit(run: Run) -> int:
     """Train until the end, a stop signal, or an anomaly that the policy stops at; returns the exit code."""
     try:
-        while True:
-            try:
-                _train(run)
-                return 0
-            except _RolledBack:
-                continue
+        with run.stop:
+            while True:
+                try:
+                    _train(run)
+                    return 0
+                except _RolledBack:
+                    continue
     except _Stopped as stopped:
         return stopped.code
     finally:
-        run.stop.restore()
         if run.operators is not None:
             run.operators.after(math.inf)
         _plot(run)
@@ -197,7 +197,6 @@ def _step(run: Run, window: Sequence[Batch], bar: Any) -> None:
         )
     if run.operators is not None:
         run.operators.after(cursor.step + 1)
-    run.stop.install()
     overflow = not math.isfinite(result.norm)
     run.loss_scale.update(overflow)
     # A gradient that overflows although nothing is left to scale down is as bad as a loss that is NaN.
@@ -297,10 +296,10 @@ def _between_steps(run: Run) -> None:
             run.sample()
     if _save_is_due(run) or (metric is not None and intervals.save_evaluated):
         save(run, metric)
-    if run.stop.signal is not None:
-        name = signal.Signals(run.stop.signal).name
+    if run.stop():
         if run.store is not None and step < run.total_steps:
             save(run)
+        name = run.stop.received.name
         console.warn(f"{name}: stopped after step {step}, all is saved; --resume_training True goes on from here")
         raise _Stopped(run.stop.exit_code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 from llm_core.report.metrics import MetricsLog
 from llm_core.runtime import start
+from llm_core.signals import signals_blocked
 from llm_core.text import Tokenizer
 from llm_core.train.anomaly import AnomalyPolicy
 from llm_core.train.loop import Intervals, Run, fit, restore
@@ -39,7 +41,8 @@ def train(loaded: LoadedConfig) -> int:
     with lock_output_dir(output_dir):
         console.log_to(output_dir)
         save_run_record(output_dir, sys.argv, loaded.as_yaml())
-        run = build(loaded)
+        with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
+            run = build(loaded)
         code = fit(run)
     for line in run.timeline.table():
         (console.result if config.profile else console.detail)(line)

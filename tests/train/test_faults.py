@@ -51,17 +51,18 @@ def wait_for_step(output_dir: Path, step: int, process: subprocess.Popen) -> Non
 
 
 
-def test_sigterm_saves_and_resumes_to_the_same_curve(write_config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_the_run_resumes_to_the_same_curve(write_config, tmp_path, number):
     whole = write_config(runner_config__epochs=4, output_dir=str(tmp_path / "whole"))
     assert run(whole).returncode == 0
     config = write_config(runner_config__epochs=4)
     config = config.rename(tmp_path / "killed.yaml")
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(tmp_path / "out", 5, process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM: stopped after step" in errors and "Traceback" not in errors
+    assert process.returncode == 128 + number
+    assert f"{number.name}: stopped after step" in errors and "Traceback" not in errors
     assert max(losses(tmp_path / "out")) < 84
     assert run(config, "--resume_training", "True").returncode == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
