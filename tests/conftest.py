@@ -14,6 +14,11 @@ from llm_core.runtime import prepare_environment
 prepare_environment()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes runs last, so that a plain mistake shows early."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 @pytest.fixture(scope="session")
 def corpus() -> str:
     """About 300 kB of English: docstrings and documentation topics that every Python carries."""
