@@ -209,7 +209,7 @@ def test_what_a_run_lacks_is_said_before_it_starts(run, file: str) -> None:
     code, _, err = run("--config", file, "--run_mode", "train", "--use_parallel", "True", "--do_eval", "True")
     assert code == 2
     lines = err.splitlines()
-    assert any(line.startswith("--use_parallel: True, but scripts/msrun_launcher.sh did not start") for line in lines)
+    assert any(line.startswith("--use_parallel: True, but runs of several ranks are not built yet") for line in lines)
     for part in (
         "add --use_parallel False",
         "add --train_dataset_dir FILE",
@@ -258,6 +258,7 @@ def test_list_cfg(run) -> None:
         "llama2/predict_llama2_70b",
         "llama2/predict_llama2_7b",
     ]
+    assert out.splitlines()[0].endswith("  Prediction with Llama 2 13B on 8 devices")  # its header's line, no colon
 
 
 def test_copy_cfg_copies_a_run_that_still_loads(run, tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def resolve(name: str) -> Path:
 
 
 def title(name: str) -> str:
-    """The first comment line of a packaged run."""
+    """The first comment line of a packaged run, without the colon that leads to its command."""
     with open(configs_root() / f"{name}.yaml", encoding="utf-8") as file:
         line = file.readline()
-    return line.lstrip("# ").rstrip() if line.startswith("#") else ""
+    return line.lstrip("# ").rstrip().removesuffix(":") if line.startswith("#") else ""
 
 
 def copy(name: str, folder: Path) -> list[Path]:

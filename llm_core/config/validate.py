@@ -138,7 +138,7 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
 def _need_launcher(where: str, problems: Problems) -> None:
     ranks = os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM")
     if ranks is None:
-        what = "True, but scripts/msrun_launcher.sh did not start this process; do that, or add --use_parallel False"
+        what = "True, but runs of several ranks are not built yet; add --use_parallel False"
         problems.add(where, "use_parallel", what)
     elif ranks != "1":
         problems.add(where, "use_parallel", f"{ranks} ranks, but runs of several ranks are not built yet; start one")
