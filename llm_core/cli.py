@@ -83,7 +83,7 @@ verbs:
   chat --config C              an interactive prompt
   show-data FILE               records, decoded, with what carries loss marked
   schema [FILE] [-p PATTERN]   JSON Schema of the run file, for editors; with -p the keys and their meaning
-  doctor                       versions, compiler, kernels, threads, memory
+  doctor                       versions, threads, memory, disk, compiler; and a short self-test
 """
 
 

@@ -87,12 +87,13 @@ def map_to_device(config: RunConfig, tree: Node, device: str) -> tuple[RunConfig
     On a CPU everything is computed in float32 (MindSpore has no bfloat16 products there, and its float16 is slower and
     overflows) and attention is the reference implementation.
     """
-    notes: list[str] = []
+    notes = _notes_on_layout(config)
     context: dict[str, object] = {}
     if config.context.mode == 1:
         context["mode"] = 0
         notes.append(_line(tree, "context.mode", "1 -> 0", "a train step is always compiled"))
     if device == "Ascend":
+        notes += _notes_on_types(config)
         return config.model_copy(update={"context": config.context.model_copy(update=context)}), notes
     if config.context.device_target != device:
         context["device_target"] = device
@@ -110,6 +111,25 @@ def map_to_device(config: RunConfig, tree: Node, device: str) -> tuple[RunConfig
         notes.append(f"{', '.join(unused)}: checked, but applied on Ascend only")
     update = {"context": config.context.model_copy(update=context), "model": model}
     return config.model_copy(update=update), notes
+
+
+def _notes_on_layout(config: RunConfig) -> list[str]:
+    given = {
+        "src_strategy_path_or_dir": config.src_strategy_path_or_dir,
+        "auto_trans_ckpt": config.auto_trans_ckpt,
+        "transform_process_num": config.transform_process_num > 1,
+        "parallel.strategy_ckpt_load_file": config.parallel.strategy_ckpt_load_file,
+    }
+    named = [path for path, value in given.items() if value]
+    return [f"{', '.join(named)}: for several ranks; one process does not read it"] if named else []
+
+
+def _notes_on_types(config: RunConfig) -> list[str]:
+    section = config.model.config
+    named = [name for name in _DTYPE_KEYS if getattr(section, name) not in (None, "float32")]
+    named += ["use_flash_attention"] if section.use_flash_attention else []
+    what = "checked, but the model computes in float32, with the reference attention, on every device so far"
+    return [f"model.model_config {', '.join(named)}: {what}"] if named else []
 
 
 def _map_model(config: RunConfig, tree: Node) -> tuple[object, list[str]]:

@@ -67,8 +67,8 @@ class ContextSection(Section):
 
 
 ASCEND_ONLY = (
-    "deterministic", "enable_graph_kernel", "max_device_memory", "mempool_block_size", "memory_optimize_level",
-    "jit_config", "ascend_config", "infer_boost",
+    "deterministic", "enable_graph_kernel", "max_call_depth", "max_device_memory", "mempool_block_size",
+    "memory_optimize_level", "jit_config", "ascend_config", "infer_boost", "runtime_num_threads", "save_graphs",
 )  # fmt: skip
 
 # An environment variable can make a process load any library, so a run file may set these and no other.

@@ -8,6 +8,7 @@ import pytest
 from mindformers_files import INTERNLM_LORA, LORA_7B, PREDICT_7B, PREFIX_7B, PRETRAIN_7B, PRETRAIN_70B, changed
 
 from llm_core.config import load_config
+from llm_core.config.compat import map_to_device
 from llm_core.errors import UserError
 
 FILES = {
@@ -136,6 +137,18 @@ def test_env_is_checked(tmp_path: Path) -> None:
         load(tmp_path, PRETRAIN_7B + "env:\n  HCCL_BUFSIZE: 200\n")
     with pytest.raises(UserError, match="LD_PRELOAD is no variable that a run file may set"):
         load(tmp_path, PRETRAIN_7B + "env:\n  LD_PRELOAD: /tmp/evil.so\n")
+
+
+def test_what_only_several_ranks_or_another_device_would_read_is_named() -> None:
+    loaded = load_config("predict_llama2_7b", [("auto_trans_ckpt", "True"), ("context.runtime_num_threads", "3")])
+    assert any(note.startswith("auto_trans_ckpt: for several ranks") for note in loaded.notes)
+    assert any("context.runtime_num_threads" in note and "Ascend only" in note for note in loaded.notes)
+    _, notes = map_to_device(loaded.config, loaded.tree, "Ascend")
+    assert not any("use_flash_attention" in note for note in notes)  # mapped by the first call
+    section = loaded.config.model.config.model_copy(update={"compute_dtype": "bfloat16"})
+    model = loaded.config.model.model_copy(update={"config": section})
+    _, notes = map_to_device(loaded.config.model_copy(update={"model": model}), loaded.tree, "Ascend")
+    assert any("compute_dtype: checked, but the model computes in float32" in note for note in notes)
 
 
 def test_parallel_speed_up_file_is_checked(tmp_path: Path) -> None:
