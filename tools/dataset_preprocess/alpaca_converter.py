@@ -18,8 +18,10 @@ from llm_core.data.tool import run_tool  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     """MindFormers' flags."""
     parser = argparse.ArgumentParser(description="Alpaca's JSON -> conversations.", allow_abbrev=False)
-    parser.add_argument("--data_path", type=Path, default=Path("alpaca-data.json"))
-    parser.add_argument("--output_path", type=Path, default=Path("alpaca-data-conversation.json"))
+    parser.add_argument("--data_path", type=Path, default=Path("alpaca-data.json"),
+                        help="JSON list of {instruction, input, output} (default: %(default)s)")
+    parser.add_argument("--output_path", type=Path, default=Path("alpaca-data-conversation.json"),
+                        help="the conversations (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -24,10 +24,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset_type", choices=["wiki", "qa"], default="wiki",
                         help="wiki: plain text, paragraphs between blank lines; qa: conversations (JSON)")
     parser.add_argument("--input_glob", required=True, help="a file, or a quoted pattern for several")
-    parser.add_argument("--output_file", type=Path, default=Path("dataset/wiki2048/wiki2048.mindrecord"))
+    parser.add_argument("--output_file", type=Path, default=Path("dataset/wiki2048/wiki2048.mindrecord"),
+                        help="the MindRecord (default: %(default)s)")
     parser.add_argument("--model_file", help="tokenizer.model, tokenizer.json, a folder that holds one, or a name")
     parser.add_argument("--tokenizer_type", help="the same as --model_file")
-    parser.add_argument("--seq_length", type=int, default=2048, help="records hold one id more")
+    parser.add_argument("--seq_length", type=int, default=2048, help="records hold one id more (default: 2048)")
     parser.add_argument("--file_partition", type=int, default=1, help="number of MindRecord files (shards)")
     parser.add_argument("--repeat", type=int, default=1, help="write the whole data so many times")
     parser.add_argument("--samples_num", type=int, help="accepted for MindFormers' commands; wiki and qa ignore it")

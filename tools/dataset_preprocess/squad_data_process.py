@@ -17,13 +17,15 @@ from llm_core.data.tool import run_tool  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     """MindFormers' flags; --model_file, --all_questions and --num_workers are ours."""
     parser = argparse.ArgumentParser(description="SQuAD 1.1 -> MindRecord of token ids.", allow_abbrev=False)
-    parser.add_argument("--input_file", type=Path, default=Path("squad/train-v1.1.json"))
-    parser.add_argument("--output_file", type=Path, default=Path("squad/recode_train.mindrecord"))
+    parser.add_argument("--input_file", type=Path, default=Path("squad/train-v1.1.json"),
+                        help="a JSON file of SQuAD 1.1 (default: %(default)s)")
+    parser.add_argument("--output_file", type=Path, default=Path("squad/recode_train.mindrecord"),
+                        help="the MindRecord (default: %(default)s)")
     parser.add_argument("--mode", choices=["train", "eval"], default="train",
                         help="train: prompt and answer, max_length + 1 ids; eval: the prompt, max_length ids")
-    parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--max_length", type=int, default=2048, help="tokens a sample (default: %(default)s)")
     parser.add_argument("--tokenizer_type", default="llama_7b",
-                        help="tokenizer.model, tokenizer.json, a folder that holds one, or a name")
+                        help="tokenizer.model, tokenizer.json, a folder that holds one, or a name (%(default)s)")
     parser.add_argument("--model_file", help="the same as --tokenizer_type")
     parser.add_argument("--all_questions", action="store_true",
                         help="all questions of a paragraph, not its first alone (MindFormers' way)")
