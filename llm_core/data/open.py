@@ -23,11 +23,18 @@ def open_records(dataset: Any, kind: str) -> RecordFile:
 def open_loader(config: Any, dataset: Any, kind: str) -> Loader:
     """The loader over them. An evaluation goes through all records once, in their order."""
     model = config.model.config
+    records = open_records(dataset, kind)
+    kinds = {manifest.get("kind") for manifest in records.manifests.values()}
+    if "labels" in dataset.input_columns and "squad eval" in kinds:
+        raise UserError(
+            f"{records.path}: its labels are answers to be generated, not the tokens that follow the input, so there "
+            "is no loss on them: measure EmF1Metric, or write it with squad_data_process.py --mode train"
+        )
     return Loader(
-        open_records(dataset, kind),
+        records,
         batch_size=config.runner_config.batch_size,
         seq_length=model.seq_length,
-        columns=dataset.input_columns or ("input_ids",),
+        columns=dataset.input_columns,
         shuffle=bool(dataset.data_loader.shuffle) and kind == "train",
         seed=config.seed if dataset.seed is None else dataset.seed,
         drop_remainder=bool(dataset.drop_remainder) and kind == "train",

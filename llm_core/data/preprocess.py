@@ -162,10 +162,13 @@ def _write(
             records += len(columns["input_ids"])
             writer.write_rows(columns)
         counts = data_set.counts(dict(encoded_counts), records)
+        side_files = {f"{output.name}.{suffix}": content for suffix, content in data_set.side_files().items()}
         writer.manifest["counts"] = counts
         writer.manifest["side_files"] = {
-            name: _put_beside(output, folder, name, content) for name, content in _named(output, data_set).items()
+            name: _kept(folder.path / name, content) for name, content in side_files.items()
         }
+    for name in side_files:  # after the records: what stops those leaves the former files as they were
+        os.replace(folder.path / name, output.with_name(name))
     return records, counts
 
 
@@ -185,14 +188,9 @@ def _ctrl_c_waits() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _named(output: Path, data_set: DataSet) -> dict[str, bytes]:
-    return {f"{output.name}.{suffix}": content for suffix, content in data_set.side_files().items()}
-
-
-def _put_beside(output: Path, folder: WorkFolder, name: str, content: bytes) -> dict[str, Any]:
-    temporary = folder.path / name
-    temporary.write_bytes(content)
-    os.replace(temporary, output.with_name(name))
+def _kept(file: Path, content: bytes) -> dict[str, Any]:
+    """Write `content` and return what the manifest says of it."""
+    file.write_bytes(content)
     return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 

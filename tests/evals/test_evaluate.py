@@ -102,6 +102,15 @@ def test_both_metrics_in_one_run(folder, tmp_path, capsys, spm_model):
     assert [line["answers"] for line in predictions] == [golds[:1] for golds in GOLDS]
 
 
+def test_perplexity_of_answers_is_refused(folder, tmp_path, spm_model):
+    path = tmp_path / "questions.mindrecord"
+    write_questions(path, spm_model, kind="squad eval")
+    with pytest.raises(UserError, match="EmF1Metric"):
+        evaluate(load(folder, tmp_path, **{
+            "eval_dataset.data_loader.dataset_dir": str(path), "eval_dataset.input_columns": "[input_ids, labels]",
+        }))  # fmt: skip
+
+
 def test_without_a_checkpoint(folder, tmp_path):
     with pytest.raises(UserError, match="load_checkpoint is not set.*--load_checkpoint"):
         evaluate(load(folder, tmp_path, load_checkpoint=""))

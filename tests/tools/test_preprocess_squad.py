@@ -11,8 +11,9 @@ import pytest
 
 from llm_core.data import squad
 from llm_core.data.preprocess import preprocess
-from llm_core.data.records import RecordFile
+from llm_core.data.records import RecordFile, RecordWriter
 from llm_core.data.squad import Squad
+from llm_core.errors import EnvironmentFault
 from llm_core.text import load_tokenizer
 
 LONG = "An endless passage about nothing in particular. " * 40
@@ -110,6 +111,20 @@ def test_evaluation_records_and_gold_answers(run_script, source, spm_model, tmp_
     facts = manifest["side_files"]["eval.mindrecord.golds.jsonl"]
     content = golds_file.read_bytes()
     assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_run_that_fails_at_the_end_leaves_both_files_as_they_were(source, spm_model, tmp_path, monkeypatch):
+    output = tmp_path / "eval.mindrecord"
+    preprocess(Squad(source, 300, "eval"), output, spm_model, num_workers=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name.startswith("eval")}
+
+    def full(self):
+        raise EnvironmentFault("the disk is full")
+
+    monkeypatch.setattr(RecordWriter, "_move_into_place", full)
+    with pytest.raises(EnvironmentFault):
+        preprocess(Squad(source, 300, "eval", all_questions=True), output, spm_model, num_workers=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name.startswith("eval")} == before
 
 
 def test_all_questions(run_script, source, spm_model, tmp_path):
