@@ -166,8 +166,8 @@ class Sampler:
         if self.seen is not None:
             scores = penalize_repetition(scores, self.seen, np.float32(params.repetition_penalty))
         if len(self.eos_ids):
-            lengths = self.prompt_lengths + self.generated
-            too_short = (lengths < params.min_length) | (self.generated < params.min_new_tokens)
+            shortest = params.min_new_tokens or params.min_length - self.prompt_lengths  # the former wins
+            too_short = np.broadcast_to(self.generated < shortest, len(scores))
             if too_short.any():
                 scores = forbid(scores, too_short, self.eos_ids)
         if params.greedy:

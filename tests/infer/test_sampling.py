@@ -85,6 +85,9 @@ def test_ends_are_impossible_until_the_shortest_length():
     assert [int(sampler.choose(logits)[0]) for _ in range(3)] == [1, 1, 2]
     sampler = sampler_for([[0, 0]], SamplingParams(min_new_tokens=1), eos_ids=[2], vocab=3)
     assert [int(sampler.choose(logits)[0]) for _ in range(2)] == [1, 2]
+    both = SamplingParams(min_length=9, min_new_tokens=1)  # the latter wins, as in transformers
+    sampler = sampler_for([[0, 0]], both, eos_ids=[2], vocab=3)
+    assert [int(sampler.choose(logits)[0]) for _ in range(2)] == [1, 2]
 
 
 def test_not_a_number_is_reported():
