@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from llm_core.config import LoadedConfig
 from llm_core.data.open import open_loader, open_records
-from llm_core.errors import EnvironmentFault, UserError
+from llm_core.errors import UserError
 from llm_core.evals import squad
+from llm_core.infer.results import write_whole
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 
@@ -49,7 +49,7 @@ def evaluate(loaded: LoadedConfig) -> int:
     if records is not None:
         result["EmF1Metric"] = _em_f1(config, net, spec, tokenizer, records)
     path = Path(config.output_dir) / RESULT_NAME
-    _write_whole(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.info(f"written to {path}")
     return 0
 
@@ -104,17 +104,4 @@ def _write_predictions(path: Path, questions: Sequence[Any], predictions: Sequen
         {"record": question.record, "id": question.id, "prediction": prediction, "answers": question.golds}
         for question, prediction in zip(questions, predictions, strict=True)
     ]
-    _write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(f"{path}: {error.strerror}; choose another --output_dir") from error
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -37,6 +37,17 @@ class Completer:
         self.generator = generator
         self.tokenizer = tokenizer
 
+    def encode(self, prompts: Sequence[str], params: SamplingParams) -> list[list[int]]:
+        """The prompts' ids; UserError names the first prompt that leaves no room for its answer."""
+        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        for prompt, prompt_ids in zip(prompts, ids, strict=True):
+            try:
+                params.new_tokens(len(prompt_ids), self.generator.spec.max_position)
+            except UserError as error:
+                shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+                raise UserError(f"prompt {shown!r}: {error}") from None
+        return ids
+
     def complete(
         self,
         prompts: Sequence[str],
@@ -53,13 +64,7 @@ class Completer:
         answer while it grows, for showing one answer live. After interrupted() said yes, the batch at work is yielded
         as far as it came, and no other is begun. Prompts are tokenized, and refused, before anything is generated.
         """
-        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
-        for prompt, prompt_ids in zip(prompts, ids, strict=True):
-            try:
-                params.new_tokens(len(prompt_ids), self.generator.spec.max_position)
-            except UserError as error:
-                shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-                raise UserError(f"prompt {shown!r}: {error}") from None
+        ids = self.encode(prompts, params)
         batch_size = batch_size or min(DEFAULT_BATCH, len(prompts))
         for first in range(0, len(prompts), batch_size):
             if interrupted is not None and interrupted():

@@ -37,8 +37,8 @@ def write_results(folder: Path, results: Sequence[Sequence[Completion]]) -> Path
     """
     literal = str([{"text_generation_text": [item.prompt + item.text for item in prompt]} for prompt in results])
     lines = [json.dumps(_record(item), ensure_ascii=False) for prompt in results for item in prompt]
-    _write_whole(folder / JSONL_FILE, "".join(line + "\n" for line in lines))
-    _write_whole(folder / TEXT_FILE, literal)
+    write_whole(folder / JSONL_FILE, "".join(line + "\n" for line in lines))
+    write_whole(folder / TEXT_FILE, literal)
     return folder / TEXT_FILE
 
 
@@ -54,8 +54,8 @@ def _record(item: Completion) -> dict:
     }
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """The file appears under its name only when all of it is on the disk."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that has its name only when all of it is on the disk. EnvironmentFault if the disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
