@@ -33,10 +33,6 @@ class Shape:
             return self.sections[None]
         return self.sections.get(node.type_name())
 
-    @property
-    def is_union(self) -> bool:
-        return bool(self.sections) and None not in self.sections
-
 
 def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
     """The section's fields by the names that stand in the YAML."""

@@ -150,6 +150,10 @@ def _need_training(config: RunConfig, need: Any) -> None:
     need(config.optimizer is not None, "optimizer", "is required to train; add a section with a type, such as AdamW")
     if config.optimizer is None:
         return
+    best = any(getattr(callback, "keep_best", None) for callback in config.callbacks)
+    need(
+        config.do_eval or not best, "callbacks", "keep_best needs evaluations during training; add --do_eval True"
+    )
     schedule = config.lr_schedule
     rate = getattr(schedule, "learning_rate", getattr(schedule, "base_lr", None))
     need(
