@@ -32,7 +32,7 @@ from llm_core.checkpoint.manifest import (
     read_manifest,
     verified_version,
 )
-from llm_core.checkpoint.staged import StagedFile, remove_stale, write_json
+from llm_core.checkpoint.staged import StagedFile, environment_faults, remove_stale, write_json
 from llm_core.checkpoint.state_names import without_state
 from llm_core.errors import UserError
 
@@ -74,6 +74,12 @@ class CheckpointStore:
         self._verified: dict[Path, tuple[tuple[int, int], Version]] = {}
 
     # ---- saving
+
+    def begin(self) -> int:
+        """Let a new run have a best of its own; returns how many checkpoints of an earlier run lie in its way."""
+        with environment_faults(self._best_pointer):
+            self._best_pointer.unlink(missing_ok=True)
+        return len(self._files())
 
     def save(
         self,
@@ -217,6 +223,11 @@ class CheckpointStore:
             match = re.fullmatch(r".*-(\d+)_(\d+)", path.stem)
             version = Version("", 0, *(map(int, match.groups()) if match else (0, 0)))
         return tensors, version.state, version.epoch, version.step
+
+    def read_state(self, path: str | Path) -> dict:
+        """The state alone of the checkpoint `path`; empty for a file that no run has saved. UserError as for `read`."""
+        version = self._verify(Path(path))
+        return {} if version is None else version.state
 
     def _verify(self, path: Path) -> Version | None:
         """The manifest's entry that `path` matches, its hash computed once per content; None without a manifest."""

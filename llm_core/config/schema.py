@@ -54,7 +54,7 @@ class RunConfig(Section):
     do_eval: bool = key(False, "Measure the loss on eval_dataset during training.")
     eval_step_interval: int = key(100, "Steps between two evaluations; 0 or less = not by steps.")
     eval_epoch_interval: int = key(-1, "Epochs between two; 0 or less = not by epochs.")
-    profile: bool = key(False, "Write a timeline and split the step time into data, compute and communication.")
+    profile: bool = key(False, "Write a timeline, the time by phase (data, compute, save ...) and by operator.")
     profile_start_step: int = key(1, "First profiled step.", ge=1)
     profile_stop_step: int = key(10, "Last profiled step.", ge=1)
     predict_data: Annotated[list[str] | None, BeforeValidator(_as_list)] = key(
@@ -84,3 +84,7 @@ class RunConfig(Section):
     parallel: ParallelSection = key(ParallelSection.model_construct(), "The parallel context.")
     parallel_config: ParallelConfig = key(ParallelConfig.model_construct(), "The layout.")
     recompute_config: RecomputeConfig = key(RecomputeConfig.model_construct(), "Activations computed again.")
+
+    def callback(self, kind: str) -> Any:
+        """The first callback of this type; None if there is none."""
+        return next((callback for callback in self.callbacks if callback.type == kind), None)

@@ -12,6 +12,7 @@ MindFormers (no manifest) are read as well.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ class RecordFile:
         """`FILE: record ROW` of the record with this number, for messages."""
         shard, row = self._locate(number)
         return f"{shard.path}: record {row}"
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A hash of the files' contents by their manifests; None where a file has none (MindFormers' own)."""
+        hashes = sorted(file["sha256"] for manifest in self.manifests.values() for file in manifest["files"].values())
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16] if hashes else None
 
     def verify(self) -> int:
         """Hash every file that a manifest lists; returns how many. UserError names the first that differs."""

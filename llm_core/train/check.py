@@ -11,12 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llm_core.checkpoint.lock import lock_output_dir
-from llm_core.checkpoint.store import CheckpointStore
 from llm_core.checkpoint.weights import LoadReport, compare, open_weights
 from llm_core.config import LoadedConfig, RunConfig
 from llm_core.data.batch import IGNORED, shift
@@ -29,6 +27,7 @@ from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.report.console import console, paint
 from llm_core.text import Tokenizer, load_tokenizer
+from llm_core.train.resume import store_of
 
 _SAMPLED_RECORDS = 1000
 _SHOWN_TOKENS = 256  # of the first record
@@ -51,7 +50,7 @@ def check(loaded: LoadedConfig) -> int:
         dataset = getattr(config, f"{kind}_dataset")
         if dataset is not None and dataset.data_loader.dataset_dir:  # else the config's line has said so
             _check_data(table, config, kind, tokenizer)
-    if training and config.resume_training is True and not config.load_checkpoint:
+    if training and config.resume_training is True:
         table.look("resume", lambda: _resume_point(config))
     if config.load_checkpoint and spec:
         table.look("weights", lambda: _weights(config.load_checkpoint, spec))
@@ -138,19 +137,14 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _resume_point(config: RunConfig) -> str:
-    monitor = _checkpoint_monitor(config)
-    folder = (monitor.directory if monitor else None) or config.output_dir
-    latest = CheckpointStore(folder, monitor.prefix if monitor else "CKP").latest()
-    return f"from {latest}" if latest else f"{folder}: no checkpoint yet; the run starts from the beginning"
-
-
-def _checkpoint_monitor(config: RunConfig) -> Any:
-    return next((callback for callback in config.callbacks if callback.type == "CheckpointMonitor"), None)
+    store = store_of(config)
+    latest = store.latest()
+    return f"from {latest}" if latest else f"{store.folder}: no checkpoint yet; the run starts from the beginning"
 
 
 def _disk_room(config: RunConfig, spec: DecoderSpec) -> str:
     """Room for the checkpoints that the run will keep, and the one that is written before the oldest goes."""
-    monitor = _checkpoint_monitor(config)
+    monitor = config.callback("CheckpointMonitor")
     if monitor is None:
         return "no CheckpointMonitor: only a stop signal saves a checkpoint"
     folder = Path(monitor.directory or config.output_dir)
@@ -180,7 +174,7 @@ def _size(count: int) -> str:
 def _check_tokenizer(table: _Table, config: RunConfig, spec: DecoderSpec | None) -> Tokenizer | None:
     """The run's tokenizer, if it names one. Training needs it for its samples alone."""
     file = config.processor.tokenizer.vocab_file
-    samples = any(callback.type == "SampleMonitor" for callback in config.callbacks)
+    samples = config.callback("SampleMonitor") is not None
     if not file:
         if config.run_mode == "predict" or samples:
             table.problem("tokenizer", "processor.tokenizer.vocab_file is not set: name the tokenizer's file with "

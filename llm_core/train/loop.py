@@ -12,22 +12,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_core.checkpoint.store import CheckpointStore
 from llm_core.data.batch import Batch, shift
 from llm_core.data.loader import Loader
-from llm_core.errors import EnvironmentFault
+from llm_core.errors import EnvironmentFault, UserError
 from llm_core.report.console import console, is_terminal
 from llm_core.report.metrics import MetricsLog
 from llm_core.report.steplog import format_bar_line, format_step_line
 from llm_core.signals import StopSignals
 from llm_core.train.anomaly import ROLLBACK, STOP, AnomalyPolicy
 from llm_core.train.loss_scale import LossScale
-from llm_core.train.step import Stepper, StepResult
 from llm_core.train.timeline import OperatorProfile, Timeline
+
+if TYPE_CHECKING:  # it imports MindSpore, which has to be set up first
+    from llm_core.train.step import Stepper, StepResult
 
 DRAW_SECONDS = 30.0  # between two drawings of loss.png during a run; the end draws one in any case
 
@@ -75,7 +78,7 @@ class Run:
     pad_token_id: int
     ignore_token_id: int
     flops_per_sample: float
-    store: CheckpointStore | None
+    store: CheckpointStore
     snapshot: Callable[[], dict[str, np.ndarray]]  # weights and optimizer state by name
     load: Callable[[dict[str, np.ndarray]], None]  # the reverse
     settings: dict[str, Any]  # what a resumed run must have in common with this one
@@ -87,8 +90,10 @@ class Run:
     timeline: Timeline = field(default_factory=Timeline)
     stop: StopSignals = field(default_factory=lambda: StopSignals(signal.SIGINT, signal.SIGTERM))
     saved_step: int = -1
+    newest: Path | None = None  # this run's last checkpoint, or the one it resumed from: what a rollback goes back to
     saved_at: float = field(default_factory=time.monotonic)
     drawn_at: float = field(default_factory=time.monotonic)
+    window_began: float = 0.0  # on time.perf_counter's clock, before its data were asked for
     compiled: bool = False
     recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
@@ -135,6 +140,11 @@ def fit(run: Run) -> int:
                     continue
     except _Stopped as stopped:
         return stopped.code
+    except UserError:  # a damaged record, say: what has been trained until then is not lost
+        if run.cursor.step > 0:
+            save(run)
+            console.warn(f"stopped after step {run.cursor.step}, all is saved")
+        raise
     finally:
         if run.operators is not None:
             run.operators.after(math.inf)
@@ -173,6 +183,7 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
     batches = run.loader.epoch(run.cursor.epoch, run.cursor.batch)
     try:
         while True:
+            run.window_began = time.perf_counter()
             with run.timeline.span("data", run.cursor.step + 1):
                 window = list(itertools.islice(batches, run.stepper.accumulation))
             if not window:
@@ -185,7 +196,6 @@ def _windows(run: Run) -> Iterator[list[Batch]]:
 def _step(run: Run, window: Sequence[Batch], bar: Any) -> None:
     """Train on one window, judge its loss, report it."""
     cursor = run.cursor
-    begin = time.perf_counter()
     lr = run.schedule(cursor.step)
     scale = run.loss_scale.value
     if run.operators is not None:
@@ -207,7 +217,8 @@ def _step(run: Run, window: Sequence[Batch], bar: Any) -> None:
     if result.applied:
         cursor.updates += 1
         cursor.tokens += result.tokens
-    _report(run, result, lr, scale, overflow, time.perf_counter() - begin, sum(len(b.input_ids) for b in window), bar)
+    seconds = time.perf_counter() - run.window_began
+    _report(run, result, lr, scale, overflow, seconds, sum(len(batch.input_ids) for batch in window), bar)
 
 
 def _react(run: Run, window: Sequence[Batch], result: StepResult, action: str) -> None:
@@ -218,15 +229,14 @@ def _react(run: Run, window: Sequence[Batch], result: StepResult, action: str) -
         f"step {step}: loss {result.loss:.4g}, gradient norm {result.norm:.4g}, from records {records}"
         f"{' ...' if any(len(batch.record_ids) > 8 for batch in window) else ''}"
     )
-    if action == ROLLBACK and run.store is not None and run.store.latest() is not None:
+    if action == ROLLBACK and run.newest is not None:
         barred = [*run.cursor.barred, step]
-        restore(run, *run.store.read(run.store.latest())[:2], events=run.anomaly.events)
+        restore(run, *run.store.read(run.newest)[:2], events=run.anomaly.events)
         run.cursor.barred = barred
         console.warn(f"{what}: rolled back to step {run.cursor.step}; this window will be left out")
         raise _RolledBack
     if action == STOP:
-        if run.store is not None:
-            save(run)
+        save(run)
         console.error(
             f"{what}: stopped before the update, the weights are those of step {run.cursor.step}. Look at the "
             "records (run_llm.py show-data FILE --start N), lower the learning rate, or set anomaly.nan or "
@@ -296,9 +306,8 @@ def _between_steps(run: Run) -> None:
             run.sample()
     if _save_is_due(run) or (metric is not None and intervals.save_evaluated):
         save(run, metric)
-    if run.stop():
-        if run.store is not None and step < run.total_steps:
-            save(run)
+    if step < run.total_steps and run.stop():  # behind the last step the run ends as it would have
+        save(run)
         name = run.stop.received.name
         console.warn(f"{name}: stopped after step {step}, all is saved; --resume_training True goes on from here")
         raise _Stopped(run.stop.exit_code)
@@ -315,12 +324,12 @@ def _due(count: int, interval: int) -> bool:
 
 
 def save(run: Run, metric: float | None = None) -> None:
-    """Write a checkpoint of the whole state, unless this step has one already."""
-    if run.store is None or (run.saved_step == run.cursor.step and metric is None):
+    """Write a checkpoint of the whole state, unless this step has one already, or no step has been made."""
+    if run.cursor.step == 0 or (run.saved_step == run.cursor.step and metric is None):
         return
     epoch, step_in_epoch = run.place(run.cursor.step)
     with run.timeline.span("save", run.cursor.step):
-        run.store.save(epoch=epoch, step=step_in_epoch, tensors=run.snapshot(), state=run.state(), metric=metric)
+        run.newest = run.store.save(epoch, step_in_epoch, run.snapshot(), run.state(), metric)
         run.saved_step, run.saved_at = run.cursor.step, time.monotonic()
     if time.monotonic() - run.drawn_at > DRAW_SECONDS:  # a plot takes up to a second; a save may come every step
         _plot(run)

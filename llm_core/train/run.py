@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from llm_core.checkpoint.lock import lock_output_dir
-from llm_core.checkpoint.store import CheckpointStore
 from llm_core.config import LoadedConfig, RunConfig
 from llm_core.data.loader import Loader
 from llm_core.data.open import open_loader
-from llm_core.errors import UserError
 from llm_core.infer.load import end_ids, load_fitting_tokenizer
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.report.console import console
@@ -27,6 +25,7 @@ from llm_core.text import Tokenizer
 from llm_core.train.anomaly import AnomalyPolicy
 from llm_core.train.loop import Intervals, Run, fit, restore
 from llm_core.train.loss_scale import build_loss_scale
+from llm_core.train.resume import require_same_run, require_same_tensors, resume_point, store_of
 from llm_core.train.schedule import build_schedule
 from llm_core.train.timeline import OperatorProfile, Timeline
 
@@ -61,10 +60,10 @@ def build(loaded: LoadedConfig) -> Run:
     config = loaded.config
     model = config.model.config
     spec = spec_from_config(config.model)
-    samples = _callback(config, "SampleMonitor")
+    samples = config.callback("SampleMonitor")
     tokenizer = load_fitting_tokenizer(loaded, spec) if samples is not None else None
-    checkpoints = _callback(config, "CheckpointMonitor")
-    resume_from, store = _resume_point(config, checkpoints)
+    store = store_of(config)
+    resumed = resume_point(config, store)
     loader = open_loader(config, config.train_dataset, "train")
     eval_loader = open_loader(config, config.eval_dataset, "eval") if config.do_eval else None
 
@@ -73,6 +72,17 @@ def build(loaded: LoadedConfig) -> Run:
     epochs = config.runner_config.epochs
     total_steps = epochs * steps_per_epoch
     schedule = build_schedule(config.lr_schedule, config.optimizer, total_steps, steps_per_epoch)
+    settings = {
+        "batch_size": loader.batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "seed": config.seed,
+        "records": loader.num_records,
+        "data": loader.records.fingerprint,
+        "seq_length": model.seq_length,
+        "total_steps": total_steps,
+    }
+    if resumed is not None:
+        require_same_run(resumed.state["settings"], settings)
 
     start(config)
     from llm_core.models.decoder import CausalLM  # these import mindspore, which `start` has to set up first
@@ -81,8 +91,8 @@ def build(loaded: LoadedConfig) -> Run:
     from llm_core.train.optim import build_optimizer
     from llm_core.train.step import Stepper
 
-    net = CausalLM(spec, seed=None if config.load_checkpoint and resume_from is None else config.seed)
-    if config.load_checkpoint and resume_from is None:
+    net = CausalLM(spec, seed=None if config.load_checkpoint or resumed is not None else config.seed)
+    if config.load_checkpoint and resumed is None:
         _load_base(net, config.load_checkpoint)
     apply_recompute(net, config.recompute_config)
     parameters = net.trainable_params()
@@ -99,6 +109,13 @@ def build(loaded: LoadedConfig) -> Run:
     )
 
     every = {**net.parameters_dict(), **{state.name: state for state in optimizer.states}}
+    if resumed is not None:
+        require_same_tensors(every, resumed.tensors)
+    elif earlier := store.begin():
+        console.warn(
+            f"{store.folder}: this run's checkpoints will take the places of an earlier run's {earlier}; to go on from "
+            "those, stop it and add --resume_training True"
+        )
     run = Run(
         title=config.trainer.model_name or Path(config.output_dir).name,
         stepper=stepper,
@@ -106,7 +123,7 @@ def build(loaded: LoadedConfig) -> Run:
         schedule=schedule,
         loss_scale=build_loss_scale(wrapper),
         anomaly=AnomalyPolicy(**config.anomaly.model_dump()),
-        metrics=MetricsLog(config.output_dir, resume_step=None if resume_from is None else _step_of(resume_from)),
+        metrics=MetricsLog(config.output_dir, None if resumed is None else resumed.state["cursor"]["step"]),
         intervals=_intervals(config, steps_per_epoch),
         epochs=epochs,
         total_steps=min(total_steps, config.runner_config.stop_step or total_steps),
@@ -116,14 +133,12 @@ def build(loaded: LoadedConfig) -> Run:
         store=store,
         snapshot=lambda: {name: parameter.asnumpy() for name, parameter in every.items()},
         load=lambda tensors: _set_all(every, tensors),
-        settings={
-            "batch_size": loader.batch_size, "gradient_accumulation_steps": accumulation, "seed": config.seed,
-            "records": loader.num_records, "seq_length": model.seq_length, "total_steps": total_steps,
-        },
+        settings=settings,
         timeline=Timeline(keep=bool(config.profile)),
     )
-    if resume_from is not None:
-        _resume(run, *resume_from)
+    if resumed is not None:
+        restore(run, resumed.tensors, resumed.state)
+        run.newest = resumed.path
     if eval_loader is not None:
         run.evaluate = _evaluator(net, eval_loader, model)
     if samples is not None:
@@ -131,18 +146,16 @@ def build(loaded: LoadedConfig) -> Run:
     run.on_step = _tensorboard(config, run)
     if config.profile:
         folder = Path(config.output_dir) / "profile"
-        run.operators = OperatorProfile(folder, config.profile_start_step, config.profile_stop_step)
+        before = run.cursor.step  # a resumed run counts from where it begins
+        first = max(config.profile_start_step, 2)  # the first step compiles: that is not what one wants to see
+        run.operators = OperatorProfile(folder, before + first, before + config.profile_stop_step)
     return run
-
-
-def _callback(config: RunConfig, kind: str) -> Any:
-    return next((callback for callback in config.callbacks or () if callback.type == kind), None)
 
 
 def _intervals(config: RunConfig, steps_per_epoch: int) -> Intervals:
     """How often the callbacks want things. Under sink_mode the log has a line every sink_size steps."""
-    printing, samples = _callback(config, "MFLossMonitor"), _callback(config, "SampleMonitor")
-    checkpoints = _callback(config, "CheckpointMonitor")
+    printing, samples = config.callback("MFLossMonitor"), config.callback("SampleMonitor")
+    checkpoints = config.callback("CheckpointMonitor")
     runner = config.runner_config
     sink = 1 if not runner.sink_mode else steps_per_epoch if runner.sink_size == -1 else runner.sink_size
     return Intervals(
@@ -165,78 +178,6 @@ def _save_intervals(checkpoints: Any) -> dict[str, Any]:
     }
 
 
-def _store(folder: str | Path, config: RunConfig, checkpoints: Any) -> CheckpointStore:
-    prefix = (checkpoints.prefix if checkpoints is not None else None) or config.trainer.model_name or "CKP"
-    if checkpoints is None:  # no regular saves asked for; a stop signal still saves
-        return CheckpointStore(folder, prefix)
-    return CheckpointStore(
-        folder,
-        prefix,
-        keep_max=checkpoints.keep_checkpoint_max,
-        file_format=checkpoints.checkpoint_format,
-        keep_best=checkpoints.keep_best,
-        save_network_params=checkpoints.save_network_params,
-        keep_per_minutes=checkpoints.keep_checkpoint_per_n_minutes,
-    )
-
-
-def _resume_point(config: RunConfig, checkpoints: Any) -> tuple[tuple[dict, dict] | None, CheckpointStore]:
-    """((tensors, state) to go on from, or None), and the store of this run.
-
-    resume_training True takes the newest whole checkpoint of load_checkpoint's run if that is given, else of
-    output_dir; a string names the file. Nothing there yet is no error: the run was killed before its first save.
-    """
-    folder = checkpoints.directory if checkpoints is not None and checkpoints.directory else config.output_dir
-    store = _store(folder, config, checkpoints)
-    if not config.resume_training:
-        return None, store
-    source = store
-    if config.load_checkpoint and Path(config.load_checkpoint).is_dir():
-        source = _store(_run_folder(Path(config.load_checkpoint)), config, checkpoints)
-    if isinstance(config.resume_training, str):
-        named = Path(config.resume_training)
-        path = named if named.is_file() else source.folder / named.name
-        if not path.is_file():
-            raise UserError(f"--resume_training {named}: no such file, nor one of that name in {source.folder}")
-    elif config.load_checkpoint and Path(config.load_checkpoint).is_file():
-        path = Path(config.load_checkpoint)
-    else:
-        path = source.latest()
-        if path is None:
-            console.warn(f"resume_training: {source.folder} holds no checkpoint yet; starting from the beginning")
-            return None, store
-    tensors, state, _, _ = source.read(path)
-    if "cursor" not in state:
-        raise UserError(f"{path}: weights without a run's state; give it as --load_checkpoint and do not resume")
-    console.info(f"resuming from {path}, step {state['cursor']['step']}")
-    return (tensors, state), store
-
-
-def _run_folder(folder: Path) -> Path:
-    """The output_dir that a load_checkpoint folder belongs to: itself, or the one above checkpoint/rank_0."""
-    if folder.name.startswith("rank_"):
-        folder = folder.parent
-    return folder.parent if folder.name == "checkpoint" else folder
-
-
-def _resume(run: Run, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-    """Go on from a checkpoint, if this run would have come there by itself."""
-    other = {
-        name: (value, run.settings[name]) for name, value in state["settings"].items() if value != run.settings[name]
-    }
-    if other:
-        changes = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in other.items())
-        raise UserError(
-            f"resume_training: this is another run than the one that was saved: {changes}. Resume with the old values, "
-            "or start a new run from these weights with --load_checkpoint"
-        )
-    restore(run, tensors, state)
-
-
-def _step_of(resume_from: tuple[dict, dict]) -> int:
-    return resume_from[1]["cursor"]["step"]
-
-
 def _load_base(net: Any, path: str) -> None:
     from llm_core.checkpoint.weights import load_into, open_weights
 
@@ -250,16 +191,9 @@ def _load_base(net: Any, path: str) -> None:
 
 
 def _set_all(parameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Every parameter from the tensor of its name; the sets of names and all shapes must be the same."""
+    """Every parameter from the tensor of its name."""
     import mindspore as ms
 
-    missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    wrong = [name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape]
-    if missing or unexpected or wrong:
-        raise UserError(
-            f"resume_training: the checkpoint is of another model or optimizer: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
-        )
     for name, parameter in parameters.items():
         parameter.set_data(ms.Tensor(np.ascontiguousarray(tensors[name]), dtype=parameter.dtype))
 
@@ -292,6 +226,7 @@ def _sampler(net: Any, spec: DecoderSpec, tokenizer: Tokenizer, samples: Any, mo
 
     completer = Completer(Generator(net, spec, eos_ids=end_ids(model), pad_id=model.pad_token_id), tokenizer)
     params = SamplingParams(max_new_tokens=samples.max_new_tokens)
+    completer.encode(samples.prompts, params)  # a prompt that is too long is refused now, not at the first sample
 
     def sample() -> None:
         for (completion,) in completer.complete(samples.prompts, params):
@@ -301,7 +236,7 @@ def _sampler(net: Any, spec: DecoderSpec, tokenizer: Tokenizer, samples: Any, mo
 
 
 def _tensorboard(config: RunConfig, run: Run) -> Any:
-    summary = _callback(config, "SummaryMonitor")
+    summary = config.callback("SummaryMonitor")
     if summary is None:
         return None
     from llm_core.report.tensorboard import TensorBoardLog

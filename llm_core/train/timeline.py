@@ -67,12 +67,11 @@ class Timeline:
 
 
 class OperatorProfile:
-    """MindSpore's own profile of steps `first` to `last` (1-based), in `folder`: which operator took how long."""
+    """MindSpore's own profile of steps `first` to `last`, in `folder`: which operator took how long."""
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
         self.folder = folder
-        self.first = max(first, 2)  # the first step compiles: that is not what one wants to see
-        self.last = max(last, self.first)
+        self.first, self.last = first, max(last, first)
         self._profile: Any = None
 
     def before(self, step: int) -> None:

@@ -133,3 +133,18 @@ def test_quick_answers_load_nothing_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.splitlines()[-1] == "loaded: []", done.stdout[-300:] + done.stderr[-2000:]
+
+
+def test_no_way_in_imports_mindspore_before_it_is_set_up():
+    """What the verbs import first must leave MindSpore to `runtime.start`, which sets threads and device before."""
+    code = (
+        "import sys\n"
+        "from llm_core import api\n"
+        "from llm_core.data import preprocess, show\n"
+        "from llm_core.evals import run\n"
+        "from llm_core.infer import chat, run\n"
+        "from llm_core.train import check, run\n"
+        "print('loaded:', 'mindspore' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "loaded: False\n", done.stdout + done.stderr

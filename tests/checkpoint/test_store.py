@@ -78,6 +78,16 @@ def test_the_best_outlives_keep_max(tmp_path):
     assert again.best().name == "llama_rank_0-1_5.safetensors"
 
 
+def test_a_new_run_has_a_best_of_its_own(tmp_path):
+    earlier = CheckpointStore(tmp_path, "llama", keep_best="eval_loss")
+    earlier.save(1, 1, tensors(), metric=0.5)
+    store = CheckpointStore(tmp_path, "llama", keep_best="eval_loss")
+    assert store.begin() == 1
+    assert store.best() is None
+    path = store.save(1, 2, tensors(), metric=0.7)
+    assert store.best() == path
+
+
 def test_keep_per_minutes(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path, "[llama]", keep_max=2, keep_per_minutes=10)
     for step, minute in enumerate((0, 3, 9, 11, 19, 25, 27, 28)):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from llm_core.config import load_config
+from llm_core.errors import UserError
 from llm_core.report.metrics import read_metrics
-from llm_core.train.run import train
+from llm_core.train.run import build, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +65,22 @@ def test_a_run_with_every_callback(write_config, records, tmp_path, capsys, spm_
     assert "MatMul" in printed  # the table of operators
 
 
+def test_a_sample_prompt_without_room_is_refused_before_the_first_step(write_config, spm_model):
+    config = write_config(
+        model__model_config__vocab_size=512,
+        processor={"tokenizer": {"type": "LlamaTokenizer", "vocab_file": str(spm_model)}},
+        callbacks=[{"type": "SampleMonitor", "prompts": ["Return the"], "max_new_tokens": 32}],  # of a context of 24
+    )
+    with pytest.raises(UserError, match="prompt 'Return the'"):
+        build(load_config(config))
+
+
+def test_the_best_is_looked_for_only_with_evaluations(write_config):
+    monitor = {"type": "CheckpointMonitor", "keep_best": "eval_loss"}
+    with pytest.raises(UserError, match="keep_best"):
+        load_config(write_config(callbacks=[monitor])).require_runnable()
+
+
 def test_quiet_and_piped_runs_have_no_bar(write_config, tmp_path):
     config = write_config(runner_config__stop_step=3, callbacks=[])
     command = [sys.executable, str(ROOT / "run_llm.py"), "--config", str(config)]
@@ -96,3 +113,11 @@ def test_the_run_record(write_config, tmp_path):
     assert json.loads((record / "environment.json").read_text())["packages"]["mindspore"]
     again = load_config(record / "config.yaml").config
     assert again == load_config(config, [("seed", "5")]).config
+
+
+def test_training_from_python(write_config, tmp_path):
+    from llm_core import api
+
+    overrides = {"runner_config.stop_step": 2, "output_dir": str(tmp_path / "api")}
+    assert api.train(write_config(callbacks=[]), **overrides) == 0
+    assert len(read_metrics(tmp_path / "api/metrics.jsonl")) == 2

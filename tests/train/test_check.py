@@ -15,6 +15,7 @@ from llm_core.config import load_config
 from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.train.check import check
+from llm_core.train.resume import store_of
 
 WriteConfig = Callable[..., Path]
 
@@ -54,6 +55,16 @@ def test_a_sound_run(write_config: WriteConfig, spm_model: Path, capsys: pytest.
     assert "512 tokens, bos 1, eos 2" in found["tokenizer"]
     assert found["disk"].startswith("OK 101 checkpoints of ")
     assert "[[" in text.split("first", 1)[1] and "nothing would stop this run" in text
+
+
+def test_finds_the_checkpoint_that_the_run_would_resume_from(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a CheckpointMonitor, too: a stop signal has saved under the model's name."""
+    loaded = load_config(write_config(callbacks=[], resume_training=True))
+    path = store_of(loaded.config).save(1, 3, {"w": np.zeros(2, np.float32)}, {})
+    assert check(loaded) == 0
+    assert table(capsys.readouterr().out)["resume"] == f"OK from {path}"
 
 
 def test_counts_learnt_tokens_as_the_loss_does(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ import pytest
 
 from llm_core.config import load_config
 from llm_core.data.batch import Batch
+from llm_core.data.records import RecordFile, RecordWriter
 from llm_core.errors import UserError
 from llm_core.report.metrics import read_metrics
 from llm_core.train.loop import Run, fit
 from llm_core.train.run import build, train
+
+VOCAB = 96  # of conftest's model
 
 
 def run_of(config: Path, *overrides: tuple[str, str]) -> Run:
@@ -209,10 +213,130 @@ def test_nan_stops_before_it_poisons_the_weights(write_config, capsys):
     assert not run.metrics.path.read_text().count("NaN")
 
 
-def test_resuming_another_run_is_refused(write_config):
-    assert fit(run_of(write_config(runner_config__stop_step=1))) == 0
+def test_resuming_another_run_is_refused_and_changes_nothing(write_config, tmp_path):
+    assert fit(run_of(write_config(runner_config__stop_step=3))) == 0
+    before = losses(tmp_path / "out")
+    first = ("resume_training", "tiny_rank_0-1_1.safetensors")
     with pytest.raises(UserError, match="batch_size was 4, is 2"):
-        run_of(write_config(), ("resume_training", "True"), ("runner_config.batch_size", "2"))
+        run_of(write_config(), first, ("runner_config.batch_size", "2"))
+    with pytest.raises(UserError, match="of another shape"):
+        run_of(write_config(), first, ("model.model_config.intermediate_size", "64"))
+    assert losses(tmp_path / "out") == before
+
+
+def test_a_fine_tuning_goes_on_where_it_was_though_its_base_is_named(write_config, tmp_path):
+    """The command of a killed run with --resume_training True added: load_checkpoint still names the base."""
+    assert fit(run_of(write_config(runner_config__stop_step=1, output_dir=str(tmp_path / "base")))) == 0
+    file = tmp_path / "base/checkpoint/rank_0/tiny_rank_0-1_1.safetensors"
+    weights_alone = tmp_path / "weights.safetensors"
+    weights_alone.write_bytes(file.read_bytes())
+    for name, base in (("file", weights_alone), ("run", tmp_path / "base"), ("its file", file)):
+        config = write_config(output_dir=str(tmp_path / name))
+        given = ("load_checkpoint", str(base))
+        assert fit(run_of(config, given, ("runner_config.stop_step", "3"))) == 0
+        resumed = run_of(config, given, ("resume_training", "True"))
+        assert (resumed.cursor.step, resumed.newest.parent) == (3, resumed.store.folder)
+    fresh = run_of(write_config(output_dir=str(tmp_path / "new")), ("load_checkpoint", str(weights_alone)),
+                   ("resume_training", "True"))  # fmt: skip
+    assert fresh.cursor.step == 0 and fresh.newest is None
+    continued = run_of(write_config(output_dir=str(tmp_path / "newer")), ("load_checkpoint", str(tmp_path / "base")),
+                       ("resume_training", "True"))  # fmt: skip
+    assert continued.cursor.step == 1 and continued.newest == file
+
+
+def test_a_new_run_does_not_roll_back_to_an_earlier_ones_checkpoint(write_config, tmp_path, capsys):
+    assert fit(run_of(write_config(runner_config__stop_step=2))) == 0
+    run = run_of(
+        write_config(
+            runner_config__stop_step=4,
+            anomaly={"spike": "rollback", "spike_factor": 0.01, "spike_window": 2},  # from the second step on
+            callbacks=[{"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 100}],
+        )
+    )
+    assert "earlier run's 2" in capsys.readouterr().err
+    assert fit(run) == 0
+    assert "no checkpoint to roll back to" in capsys.readouterr().err
+    assert run.cursor.updates == 1
+
+
+def test_a_resumed_run_profiles_its_own_first_steps(write_config):
+    assert fit(run_of(write_config(runner_config__stop_step=3))) == 0
+    config = write_config(profile=True, profile_start_step=1, profile_stop_step=4)
+    assert (run_of(config).operators.first, run_of(config).operators.last) == (2, 4)
+    resumed = run_of(write_config(profile=True, profile_stop_step=4), ("resume_training", "True"))
+    assert (resumed.operators.first, resumed.operators.last) == (5, 7)
+
+
+def test_a_record_that_cannot_be_used_loses_no_step(write_config, tmp_path):
+    rows = np.full((12, 25), 5, np.int32)
+    rows[9, 3] = VOCAB  # in the third batch
+    path = tmp_path / "bad.mindrecord"
+    with RecordWriter(path, columns={"input_ids": 25}, manifest={}) as writer:
+        writer.write_rows({"input_ids": rows})
+    config = write_config(
+        train_dataset={"data_loader": {"dataset_dir": str(path), "shuffle": False}, "input_columns": ["input_ids"]},
+        callbacks=[{"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 100}],
+    )
+    with pytest.raises(UserError, match="record 9"):
+        fit(run_of(config))
+    assert run_of(config, ("resume_training", "True")).cursor.step == 2
+
+
+@pytest.mark.parametrize("at, code, saved", [(2, 143, 2), (4, 0, 4)], ids=["in the middle", "in the last step"])
+def test_a_stop_signal_always_leaves_a_checkpoint(write_config, at, code, saved):
+    config = write_config(
+        runner_config__stop_step=4,
+        callbacks=[{"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 100}],
+    )
+    run = run_of(config)
+    run.on_step = lambda step, _: signal.raise_signal(signal.SIGTERM) if step == at else None
+    assert fit(run) == code
+    assert run_of(config, ("resume_training", "True")).cursor.step == saved
+
+
+def test_sink_mode_prints_every_sink_size_steps_and_changes_no_number(write_config, tmp_path, capsys):
+    curves = []
+    for sink in (False, True):
+        config = write_config(
+            runner_config__sink_mode=sink, runner_config__sink_size=3, runner_config__stop_step=7, callbacks=[],
+            output_dir=str(tmp_path / str(sink)),
+        )  # fmt: skip
+        assert fit(run_of(config)) == 0
+        curves.append(losses(tmp_path / str(sink)))
+    assert curves[0] == curves[1] and len(curves[1]) == 7
+    printed = capsys.readouterr().out.split("{ Epoch:[")[1:]
+    assert [int(line.split("step:[")[1].split("/")[0]) for line in printed] == [*range(1, 8), 3, 6, 7]
+
+
+def test_one_command_from_base_weights_through_every_restart(write_config, tmp_path):
+    """--load_checkpoint BASE --resume_training True: first from the base, then from the run's own checkpoints."""
+    from safetensors.numpy import save_file
+
+    base = run_of(write_config(seed=9, callbacks=[]))
+    values = {name: value for name, value in weights(base).items() if not name.startswith("adam_")}
+    save_file(values, tmp_path / "base.safetensors")
+    config = write_config(load_checkpoint=str(tmp_path / "base.safetensors"), output_dir=str(tmp_path / "tuned"))
+    again = ("resume_training", "True")
+    first = run_of(config, again, ("runner_config.stop_step", "2"))
+    assert first.cursor.step == 0
+    for name, value in values.items():
+        assert np.array_equal(weights(first)[name], value), name
+    assert fit(first) == 0
+    second = run_of(config, again)
+    assert second.cursor.step == 2
+    for name, value in weights(first).items():
+        assert np.array_equal(weights(second)[name], value), name
+
+
+def test_resuming_on_other_records_is_refused(write_config, records, tmp_path):
+    assert fit(run_of(write_config(runner_config__stop_step=1))) == 0
+    rows = RecordFile(records).read(np.arange(84))
+    rows["input_ids"][3, 3] += 1
+    with RecordWriter(tmp_path / "other.mindrecord", columns={name: 25 for name in rows}) as writer:
+        writer.write_rows(rows)
+    other = ("train_dataset.data_loader.dataset_dir", str(tmp_path / "other.mindrecord"))
+    with pytest.raises(UserError, match="data was"):
+        run_of(write_config(), ("resume_training", "True"), other)
 
 
 def test_a_window_without_supervised_tokens_changes_nothing_but_decay(write_config):

@@ -1,0 +1,104 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_core.checkpoint.store import CheckpointStore
+from llm_core.config import RunConfig
+from llm_core.errors import UserError
+from llm_core.report.console import console
+
+
+def store_of(config: RunConfig, output_dir: str | Path | None = None) -> CheckpointStore:
+    """The checkpoints of this run, or those that a run of these settings has left in another output_dir."""
+    checkpoints = config.callback("CheckpointMonitor")
+    folder = output_dir or (checkpoints is not None and checkpoints.directory) or config.output_dir
+    prefix = (checkpoints.prefix if checkpoints is not None else None) or config.trainer.model_name or "CKP"
+    if checkpoints is None:  # no regular saves asked for; a stop signal still saves
+        return CheckpointStore(folder, prefix)
+    return CheckpointStore(
+        folder,
+        prefix,
+        keep_max=checkpoints.keep_checkpoint_max,
+        file_format=checkpoints.checkpoint_format,
+        keep_best=checkpoints.keep_best,
+        save_network_params=checkpoints.save_network_params,
+        keep_per_minutes=checkpoints.keep_checkpoint_per_n_minutes,
+    )
+
+
+class ResumePoint(NamedTuple):
+    """A checkpoint with its content: tensors by name, and the state that `loop.Run.state` describes."""
+
+    path: Path
+    tensors: dict[str, np.ndarray]
+    state: dict[str, Any]
+
+
+def resume_point(config: RunConfig, own: CheckpointStore) -> ResumePoint | None:
+    """The checkpoint to go on from, if any; `own` is the run's own store.
+
+    resume_training True takes the newest whole checkpoint of output_dir, else of load_checkpoint if that is a run's
+    folder or file; so the same command goes on after every kill. A string names the file. Nothing there yet is no
+    error: the run was killed before its first save, and begins (from load_checkpoint, if that is base weights).
+    """
+    if not config.resume_training:
+        return None
+    given = Path(config.load_checkpoint) if config.load_checkpoint else None
+    others = [store_of(config, _run_folder(given))] if given is not None and given.is_dir() else []
+    if isinstance(config.resume_training, str):
+        path = _named_checkpoint(Path(config.resume_training), [own, *others])
+    else:
+        path = next((newest for newest in (source.latest() for source in (own, *others)) if newest), None)
+        if path is None and given is not None and given.is_file() and "cursor" in own.read_state(given):
+            path = given
+        if path is None:
+            console.warn(f"resume_training: {own.folder} holds no checkpoint yet; starting from the beginning")
+            return None
+    tensors, state, _, _ = own.read(path)
+    if "cursor" not in state:
+        raise UserError(f"{path}: weights without a run's state; give it as --load_checkpoint and do not resume")
+    console.info(f"resuming from {path}, step {state['cursor']['step']}")
+    return ResumePoint(path, tensors, state)
+
+
+def _named_checkpoint(name: Path, sources: Sequence[CheckpointStore]) -> Path:
+    candidates = [name, *(source.folder / name.name for source in sources)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    folders = ", ".join(str(source.folder) for source in sources)
+    raise UserError(f"--resume_training {name}: no such file, nor one of that name in {folders}")
+
+
+def _run_folder(folder: Path) -> Path:
+    """The output_dir that a load_checkpoint folder belongs to: itself, or the one above checkpoint/rank_0."""
+    if folder.name.startswith("rank_"):
+        folder = folder.parent
+    return folder.parent if folder.name == "checkpoint" else folder
+
+
+def require_same_run(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """UserError unless this run would have come to the checkpoint by itself."""
+    changes = [f"{name} was {saved[name]}, is {now}" for name, now in settings.items() if saved.get(name, now) != now]
+    if changes:
+        raise UserError(
+            f"resume_training: this is another run than the one that was saved: {'; '.join(changes)}. Resume with the "
+            "old values, or start a new run from these weights with --load_checkpoint"
+        )
+
+
+def require_same_tensors(parameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """UserError unless the sets of names and all shapes are the same."""
+    missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    wrong = [name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape]
+    if missing or unexpected or wrong:
+        raise UserError(
+            f"resume_training: the checkpoint is of another model or optimizer: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
+        )
