@@ -94,12 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.disable()  # until the run begins: what is made before lives as long as the process
     try:
         return _dispatch(argv)
-    except UserError as error:
+    except (UserError, EnvironmentFault) as error:
         print(error, file=sys.stderr)
-        return 2
-    except EnvironmentFault as error:
-        print(error, file=sys.stderr)
-        return 1
+        if "llm_core.report.console" in sys.modules:  # a run has begun, and may have its log files
+            sys.modules["llm_core.report.console"].console.record_error(str(error))
+        return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # `list-cfg | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

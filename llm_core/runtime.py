@@ -61,7 +61,7 @@ def _ascend_context(context: Any) -> dict[str, Any]:
     names = (
         "max_call_depth", "max_device_memory", "mempool_block_size", "save_graphs", "save_graphs_path",
         "enable_graph_kernel", "jit_config", "memory_optimize_level", "ascend_config", "deterministic",
-        "runtime_num_threads",
+        "runtime_num_threads", "infer_boost",
     )
     values = {name: getattr(context, name, None) for name in names}
     dumped = {name: value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value

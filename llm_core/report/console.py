@@ -105,6 +105,11 @@ class Console:
         """Why the run ends. stderr."""
         self._write(sys.stderr, line, "ERROR", paint("error:", "red", sys.stderr) + " ")
 
+    def record_error(self, line: str) -> None:
+        """Write `line` into the log files alone; it is shown elsewhere."""
+        if self._log_files:
+            self._write_logs(line, "ERROR")
+
     def progress(
         self,
         iterable_or_total: Iterable | int | None = None,
