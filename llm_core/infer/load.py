@@ -41,7 +41,7 @@ def load_for_inference(
     tokenizer = None
     if need_tokenizer or config.processor.tokenizer.vocab_file:
         tokenizer = load_fitting_tokenizer(loaded, spec)
-    with signals_blocked(signal.SIGINT):
+    with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
         runtime.start(config)
 
     from llm_core.checkpoint.weights import load_into, open_weights

@@ -17,10 +17,10 @@ from llm_core.signals import StopSignals
 
 
 def predict(loaded: LoadedConfig) -> int:
-    """Answer the prompts of --predict_data; returns the exit code (130 if Ctrl-C cut it short).
+    """Answer the prompts of --predict_data; returns the exit code (130 or 143 if a stop signal cut it short).
 
     A single answer is streamed if stdout is a terminal, otherwise every prompt is printed with its answers as soon as
-    its batch is done. Answers that were there when Ctrl-C came are written too, and marked.
+    its batch is done. Answers that were there when Ctrl-C or SIGTERM came are written too, and marked.
     """
     config = loaded.config
     params = sampling_params(config.model.config)
@@ -32,7 +32,7 @@ def predict(loaded: LoadedConfig) -> int:
     live = len(prompts) == 1 and params.num_return_sequences == 1 and is_terminal(sys.stdout)
     results = []
     started = time.perf_counter()
-    with StopSignals(signal.SIGINT) as interrupted:
+    with StopSignals(signal.SIGINT, signal.SIGTERM) as interrupted:
         if live:
             _show(prompts[0])
         for completions in completer.complete(
@@ -53,7 +53,7 @@ def predict(loaded: LoadedConfig) -> int:
     console.info(f"output result is saved at: {path}")
     if interrupted():
         console.warn(f"interrupted: {len(results)} of {len(prompts)} prompts were begun; what they got is in {path}")
-        return 130
+        return interrupted.exit_code
     return 0
 
 

@@ -351,5 +351,5 @@ def _plot(run: Run) -> None:
     run.drawn_at = time.monotonic()
     try:
         run.metrics.plot(run.title)
-    except (OSError, EnvironmentFault) as error:
+    except (OSError, EnvironmentFault, UserError) as error:
         console.warn(f"loss.png was not drawn: {error}")

@@ -4,6 +4,8 @@ import json
 import os
 import pty
 import select
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,6 +47,21 @@ def test_predict_keeps_what_was_written(run_file, tmp_path):
     [line] = (tmp_path / "text_generation_result.jsonl").read_text("utf-8").splitlines()
     assert json.loads(line)["finish_reason"] == "interrupted"
     assert 0 < json.loads(line)["new_tokens"] < 240
+
+
+def test_sigterm_keeps_what_was_written(run_file, tmp_path):
+    arguments = ["--config", run_file, "--predict_data", "Once: ", "--output_dir", tmp_path]
+    arguments += ["--model.model_config.max_new_tokens", 240, "--model.model_config.eos_token_id", 0]
+    command = [sys.executable, str(ROOT / "run_llm.py"), *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while "parameters matched" not in process.stderr.readline():  # the weights are there, compiling begins
+            assert process.poll() is None
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    [line] = (tmp_path / "text_generation_result.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["finish_reason"] == "interrupted"
 
 
 def test_chat_goes_on_after_a_stopped_answer(run_file):
