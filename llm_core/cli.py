@@ -135,12 +135,7 @@ def _run(loaded: LoadedConfig) -> int:
     elif mode == "eval":
         from llm_core.evals.run import evaluate as start
     else:
-        import signal
-
-        from llm_core.signals import signals_blocked
-
-        with signals_blocked(signal.SIGINT, signal.SIGTERM):  # its imports start threads
-            from llm_core.train.run import train as start
+        from llm_core.train.run import train as start
     return start(loaded)
 
 

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# Without the compile cache an answer takes seconds, so that the keys, a second later, meet it half-way.
+COMPILING = {**os.environ, "RUN_LLM_COMPILE_CACHE": "0"}
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 
 
@@ -22,7 +24,7 @@ def in_terminal(arguments, replies, limit=120):
     """
     process, terminal = pty.fork()
     if process == 0:
-        os.execv(sys.executable, [sys.executable, str(ROOT / "run_llm.py"), *map(str, arguments)])
+        os.execve(sys.executable, [sys.executable, str(ROOT / "run_llm.py"), *map(str, arguments)], COMPILING)
     shown, seen, replies, end = b"", 0, list(replies), time.monotonic() + limit
     while time.monotonic() < end:
         if select.select([terminal], [], [], 1)[0]:
@@ -34,6 +36,8 @@ def in_terminal(arguments, replies, limit=120):
             seen = found + len(replies[0][0])
             time.sleep(1)
             os.write(terminal, replies.pop(0)[1])
+    if time.monotonic() >= end:
+        os.kill(process, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     assert not replies, f"exit {code}; never shown: {replies[0][0]!r} in {shown!r}"
     return shown.decode(errors="replace"), code
@@ -53,7 +57,8 @@ def test_sigterm_keeps_what_was_written(run_file, tmp_path):
     arguments = ["--config", run_file, "--predict_data", "Once: ", "--output_dir", tmp_path]
     arguments += ["--model.model_config.max_new_tokens", 240, "--model.model_config.eos_token_id", 0]
     command = [sys.executable, str(ROOT / "run_llm.py"), *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=COMPILING, **pipes) as process:
         while "parameters matched" not in process.stderr.readline():  # the weights are there, compiling begins
             assert process.poll() is None
         time.sleep(0.5)
