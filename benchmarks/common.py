@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 THREADS = 2
+# The small Llama, 15.7M parameters, that the model benchmarks share.
+SHAPE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2, "ffn": 1024}
 PACKAGES = ("mindspore", "numpy", "torch", "transformers", "sentencepiece", "tokenizers", "safetensors")
 
 
@@ -35,6 +37,39 @@ class Ratio:
     unit: str
     peer: str
     peer_value: float
+
+
+def own_spec(max_position: int) -> Any:
+    """SHAPE as a DecoderSpec."""
+    from llm_core.models.spec import DecoderSpec
+
+    return DecoderSpec(
+        vocab_size=SHAPE["vocab_size"],
+        hidden_size=SHAPE["hidden_size"],
+        num_layers=SHAPE["num_layers"],
+        num_heads=SHAPE["num_heads"],
+        num_kv_heads=SHAPE["num_kv_heads"],
+        head_dim=SHAPE["hidden_size"] // SHAPE["num_heads"],
+        ffn_size=SHAPE["ffn"],
+        max_position=max_position,
+    )
+
+
+def peer_config(max_position: int, **more: Any) -> Any:
+    """SHAPE as transformers' LlamaConfig; `more` are its own keys."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=SHAPE["vocab_size"],
+        hidden_size=SHAPE["hidden_size"],
+        num_hidden_layers=SHAPE["num_layers"],
+        num_attention_heads=SHAPE["num_heads"],
+        num_key_value_heads=SHAPE["num_kv_heads"],
+        intermediate_size=SHAPE["ffn"],
+        max_position_embeddings=max_position,
+        tie_word_embeddings=False,
+        **more,
+    )
 
 
 def result_header() -> dict[str, Any]:

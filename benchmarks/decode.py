@@ -25,11 +25,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common  # noqa: E402
+from benchmarks.common import SHAPE  # noqa: E402
 
 BATCHES = (1, 8)
 PROMPT, NEW = 128, 128
 WARM_CALLS, CALLS = 2, 5
-SHAPE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2, "ffn": 1024}
 
 
 def main() -> int:
@@ -130,19 +130,9 @@ def own_generate(weights: Path) -> Callable[[list[list[int]]], list[list[int]]]:
     from llm_core.infer.generate import Generator
     from llm_core.infer.sampling import SamplingParams
     from llm_core.models.decoder import CausalLM
-    from llm_core.models.spec import DecoderSpec
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    spec = DecoderSpec(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["hidden_size"],
-        num_layers=SHAPE["num_layers"],
-        num_heads=SHAPE["num_heads"],
-        num_kv_heads=SHAPE["num_kv_heads"],
-        head_dim=SHAPE["hidden_size"] // SHAPE["num_heads"],
-        ffn_size=SHAPE["ffn"],
-        max_position=PROMPT + NEW,
-    )
+    spec = common.own_spec(PROMPT + NEW)
     net = CausalLM(spec, seed=None)
     load_into(net, read_weights(weights))
     generator = Generator(net, spec, eos_ids=[], pad_id=0)
@@ -154,22 +144,10 @@ def peer_generate(weights: Path) -> Callable[[list[list[int]]], list[list[int]]]
     """HF transformers: Llama with its default attention (sdpa) and cache, greedy."""
     import torch
     from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.set_num_threads(common.THREADS)
-    config = LlamaConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["hidden_size"],
-        num_hidden_layers=SHAPE["num_layers"],
-        num_attention_heads=SHAPE["num_heads"],
-        num_key_value_heads=SHAPE["num_kv_heads"],
-        intermediate_size=SHAPE["ffn"],
-        max_position_embeddings=PROMPT + NEW,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = common.peer_config(PROMPT + NEW, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None)
     net = LlamaForCausalLM(config).eval()
     net.load_state_dict(load_file(weights))
 

@@ -23,11 +23,11 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common  # noqa: E402
+from benchmarks.common import SHAPE  # noqa: E402
 
 BATCH, LENGTH = 4, 256
 WARM_STEPS, STEPS = 5, 20
 FLAT_STEPS, SETTLED = 500, 10
-SHAPE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2, "ffn": 1024}
 
 
 def main() -> int:
@@ -89,21 +89,11 @@ def own_step():
 
     from llm_core.models.decoder import CausalLM
     from llm_core.models.heads import TokenLoss
-    from llm_core.models.spec import DecoderSpec
     from llm_core.train.optim import build_optimizer
     from llm_core.train.step import Stepper
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    spec = DecoderSpec(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["hidden_size"],
-        num_layers=SHAPE["num_layers"],
-        num_heads=SHAPE["num_heads"],
-        num_kv_heads=SHAPE["num_kv_heads"],
-        head_dim=SHAPE["hidden_size"] // SHAPE["num_heads"],
-        ffn_size=SHAPE["ffn"],
-        max_position=LENGTH,
-    )
+    spec = common.own_spec(LENGTH)
     net = CausalLM(spec, seed=0)
     optimizer = build_optimizer(SimpleNamespace(type="AdamW", weight_decay=0.01), net.trainable_params())
     stepper = Stepper(TokenLoss(net), optimizer, graph_key={"benchmark": "train_step", "spec": spec})
@@ -119,21 +109,11 @@ def own_step():
 def peer_step():
     """HF transformers' Llama with its default attention (sdpa), torch's fused AdamW."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.set_num_threads(common.THREADS)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["hidden_size"],
-        num_hidden_layers=SHAPE["num_layers"],
-        num_attention_heads=SHAPE["num_heads"],
-        num_key_value_heads=SHAPE["num_kv_heads"],
-        intermediate_size=SHAPE["ffn"],
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    config = common.peer_config(LENGTH, use_cache=False)
     net = LlamaForCausalLM(config).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
