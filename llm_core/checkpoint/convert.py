@@ -17,10 +17,11 @@ from llm_core.checkpoint.hf import family_hint, to_hf
 from llm_core.checkpoint.locate import weight_files
 from llm_core.checkpoint.manifest import Version, commit_with_manifest
 from llm_core.checkpoint.qkv import ConcatView, joined_of, parts_of
-from llm_core.checkpoint.staged import StagedFile, check_room, environment_faults, make_folder, sync_folder, write_json
+from llm_core.checkpoint.staged import StagedFile, check_room, environment_faults, make_folder, write_json
 from llm_core.checkpoint.state_names import is_state
 from llm_core.checkpoint.weights import WeightFiles, open_weights
 from llm_core.config.hf_folder import is_hf_folder, model_config_to_hf, read_hf_config
+from llm_core.disk import fsync
 from llm_core.errors import UserError
 from llm_core.report.console import console
 
@@ -234,7 +235,7 @@ class _new_folder:
     def commit(self) -> None:
         with environment_faults(self._target):
             os.replace(self._path, self._target)
-            sync_folder(self._target.parent)
+            fsync(self._target.parent)
 
     def __exit__(self, *_) -> None:
         shutil.rmtree(self._path, ignore_errors=True)

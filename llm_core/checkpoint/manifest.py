@@ -7,16 +7,15 @@ whatever moment the process dies, the file matches one of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from llm_core.checkpoint.staged import StagedFile, write_json
+from llm_core.disk import sha256
 from llm_core.errors import UserError
 
 MANIFEST_SUFFIX = ".manifest.json"
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,6 @@ def commit_with_manifest(staged: StagedFile, version: Version) -> None:
         write_manifest(staged.target, [version])
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def verified_version(path: Path) -> Version | None:
     """The manifest's entry that the file's content matches; None for a file without a manifest.
 
@@ -86,7 +77,7 @@ def verified_version(path: Path) -> Version | None:
     candidates = [version for version in versions if version.size == size]
     if not candidates:
         raise UserError(f"{path}: damaged: {size} bytes, {versions[0].size} were saved; use another checkpoint")
-    digest = file_sha256(path)
+    digest = sha256(path)
     for version in candidates:
         if version.sha256 == digest:
             return version

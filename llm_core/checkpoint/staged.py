@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm_core.disk import fsync
 from llm_core.errors import EnvironmentFault
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -53,15 +54,6 @@ def make_folder(folder: Path) -> Path:
     with environment_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the folder's entries (creations, renames) on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StagedFile:
@@ -122,7 +114,7 @@ class StagedFile:
         with environment_faults(self.target, self.needed):
             os.replace(self.path, self.target)
             if sync:
-                sync_folder(self.target.parent)
+                fsync(self.target.parent)
 
     def __enter__(self) -> StagedFile:
         return self

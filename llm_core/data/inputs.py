@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from llm_core.disk import sha256
 from llm_core.errors import EnvironmentFault, UserError
 
 
@@ -41,17 +41,13 @@ def read_bytes(path: Path) -> bytes:
 
 def sha256_of(path: Path) -> str:
     """sha256 of the file in hex. UserError if it is missing or empty."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-            size = file.tell()
+        size, digest = path.stat().st_size, sha256(path)
     except OSError as error:
         raise EnvironmentFault(f"{path}: cannot be read: {error.strerror}") from error
     if not size:
         raise UserError(f"{path}: the file is empty; give one with data")
-    return digest.hexdigest()
+    return digest
 
 
 def decode_utf8(path: Path, content: bytes, first_byte: int = 0) -> str:

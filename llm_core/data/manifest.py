@@ -9,13 +9,12 @@ While files are being replaced it says `"incomplete": true` instead.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_core.disk import fsync
 from llm_core.errors import UserError
 
 SUFFIX = ".manifest.json"
@@ -39,21 +38,3 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write value as UTF-8 JSON, durably. OSError."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     fsync(path)
-
-
-def fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable. OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a whole file, in hexadecimal. OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

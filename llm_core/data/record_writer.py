@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_core.data.manifest import FORMAT, SUFFIX, fsync, read_manifest, sha256, write_json
+from llm_core.data.manifest import FORMAT, SUFFIX, read_manifest, write_json
 from llm_core.data.mindrecord import Damaged, Shard
+from llm_core.disk import fsync, sha256
 from llm_core.errors import EnvironmentFault, UserError
 
 _ROWS_PER_CALL = 500  # FileWriter costs the same for 1 row as for hundreds

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_core.data.manifest import SUFFIX, read_manifest, sha256
+from llm_core.data.manifest import SUFFIX, read_manifest
 from llm_core.data.mindrecord import Damaged, Shard, read_header
 from llm_core.data.record_writer import RecordWriter
+from llm_core.disk import sha256
 from llm_core.errors import EnvironmentFault, UserError
 
 __all__ = ["RecordFile", "RecordWriter"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llm_core.data.manifest import sha256
 from llm_core.data.records import RecordFile
+from llm_core.disk import sha256
 from llm_core.errors import UserError
 from llm_core.evals.squad import first_line
 from llm_core.infer.generate import Generator

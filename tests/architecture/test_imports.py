@@ -24,7 +24,7 @@ LEVELS = [
     {"ops"},
     {"kernels"},
 ]
-LEAVES = {"config", "report", "text", "errors", "runtime", "signals"}
+LEAVES = {"config", "report", "text", "errors", "runtime", "signals", "disk"}
 # Sideways on one level: training evaluates and shows samples, evaluation generates answers.
 SIDEWAYS = {("train", "evals"), ("train", "infer"), ("evals", "infer")}
 ORACLES = {"torch", "transformers", "peft", "mindformers"}

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from llm_core.config import load_config
-from llm_core.data.manifest import sha256
 from llm_core.data.records import RecordFile, RecordWriter
+from llm_core.disk import sha256
 from llm_core.errors import UserError
 from llm_core.evals.answers import answer_questions, read_questions
 from llm_core.evals.run import evaluate
