@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llm_core.ops.reference.attention import Attention, AttentionMask, CachedAttention, CacheMask
 from llm_core.ops.reference.dropout import Dropout, DropoutMask, dropout_key
-from llm_core.ops.reference.elementwise import RmsNorm, Rope, SwiGlu
+from llm_core.ops.reference.elementwise import Gelu, LayerNorm, RmsNorm, Rope, SwiGlu
 from llm_core.ops.reference.loss import TokenNll
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "CachedAttention",
     "Dropout",
     "DropoutMask",
+    "Gelu",
+    "LayerNorm",
     "RmsNorm",
     "Rope",
     "SwiGlu",

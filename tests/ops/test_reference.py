@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,19 @@ def test_rms_norm():
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w
 
     check(core_ops.RmsNorm(1e-5), oracle, normal(7, 48) * 3, normal(48))
+
+
+def test_layer_norm():
+    def oracle(x, w, b):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w + b
+
+    check(core_ops.LayerNorm(1e-5), oracle, normal(7, 48) * 3 + 5, normal(48), normal(48))
+
+
+def test_gelu_is_the_erf_form():
+    erf = np.vectorize(math.erf)
+    check(core_ops.Gelu(), lambda x: x * (1 + erf(x / math.sqrt(2))) / 2, normal(5, 33) * 2)
 
 
 def test_swiglu():
