@@ -27,7 +27,7 @@ def prepare_environment(threads: int | None = None) -> None:
     are left alone. Must run before the first `import mindspore`; later calls change nothing.
 
     Args:
-        threads: OpenMP threads of this process; None leaves the choice to OpenMP (all cores it may use).
+        threads: OpenMP threads of this process; None: its share of the cores, see `threads_of_this_process`.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GLOG_v", "3")
@@ -35,8 +35,49 @@ def prepare_environment(threads: int | None = None) -> None:
     os.environ.setdefault("MS_OM_PATH", str(cache_dir() / "failed_compile"))
     # The sub-processes of MindSpore's data pipeline would each warn about fork and tokenizers' threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if threads is not None:
+    threads = threads or threads_of_this_process()
+    # What OpenMP does by itself stays unsaid: a child process would take it for the user's wish.
+    if threads != _allowed_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def threads_of_this_process() -> int:
+    """Threads that let this process and its fellows on the machine share the cores without getting in each other's way.
+
+    The group's size on this machine is $LOCAL_WORLD_SIZE; msrun tells its workers only the size of the whole group
+    ($MS_WORKER_NUM, $RANK_SIZE), the most that this machine can have of it. Cores that msrun has bound to this
+    process alone ($MSRUN_CPU_LIST) are not shared.
+    """
+    if "MSRUN_CPU_LIST" in os.environ:
+        return usable_cores()
+    sizes = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "MS_WORKER_NUM", "RANK_SIZE"))
+    group = next((int(size) for size in sizes if size.isdecimal() and int(size) > 0), 1)
+    return max(usable_cores() // group, 1)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: by its affinity, and by the CPU quota of its container."""
+    return max(min(_allowed_cores(), _quota()), 1)
+
+
+def _allowed_cores() -> int:
+    """By affinity alone, as OpenMP counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that the control group's CPU quota comes to, rounded up; very many where there is none.
+
+    Read of version 2 (cpu.max) and version 1 (cpu.cfs_*), as a container sees its own group.
+    """
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((root / name).read_text(encoding="ascii") for name in names).split()
+            if int(period) > 0 and int(quota) > 0:  # "max" and -1 mean none
+                return -(-int(quota) // int(period))
+        except (OSError, ValueError):
+            continue
+    return sys.maxsize
 
 
 def start(config: Any) -> None:
@@ -97,7 +138,8 @@ def compile_cache(**key: Any) -> Iterator[None]:
         return
     import mindspore as ms
 
-    text = json.dumps({**key, "version": ms.__version__, "sources": _source_hash()}, sort_keys=True, default=str)
+    key = {**_every_graph, **key, "version": ms.__version__, "sources": _source_hash()}
+    text = json.dumps(key, sort_keys=True, default=str)
     kept = cache_dir() / "graphs" / hashlib.sha256(text.encode()).hexdigest()[:32]
     graphs = work / f"rank_{os.environ.get('RANK_ID', '0')}" / "graph_cache"
     placed = _place(kept, graphs)
@@ -110,6 +152,12 @@ def compile_cache(**key: Any) -> Iterator[None]:
     _collect(graphs, placed, kept)
 
 
+def add_to_graph_keys(name: str, value: Any) -> None:
+    """Name what every graph of this process depends on (the operators' library): part of each graph's key from now."""
+    _every_graph[name] = value
+
+
+_every_graph: dict[str, Any] = {}
 _graphs_so_far = 0  # that MindSpore has compiled, or found, with its cache on: the number of the next one
 
 

@@ -1,0 +1,209 @@
+"""From C++ sources to one shared library: which compiler, its flags for an instruction set, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from llm_core.runtime import usable_cores
+
+# What the compiler is told beside COMMON for each instruction set, the best first. One library each: nothing is
+# shared between them, so no AVX-512 instruction can find its way into the plain one.
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "avx512_bf16": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"),
+    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "plain": (),
+}
+# No -Werror: a compiler newer than ours may warn of something new, and a user could do nothing about it. The
+# warnings are kept beside the library, and a test wants none.
+COMMON = (
+    "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-math-errno",
+    "-ffp-contract=fast", "-Wall", "-Wextra",
+)
+# Needs C++17, the flags, OpenMP's header and library, and a linker.
+_PROBE = """#include <omp.h>
+#include <optional>
+extern "C" int probe() { return std::optional<int>(omp_get_max_threads()).value_or(0); }
+"""
+
+
+class KernelsUnavailable(Exception):
+    """The kernels, or those of one instruction set, cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: the command that starts it, and all that its --version says."""
+
+    command: tuple[str, ...]
+    version: str
+
+    @property
+    def name(self) -> str:
+        """Its command and the first line of its version."""
+        return f"{shlex.join(self.command)} ({self.version.partition(chr(10))[0]})"
+
+    @cached_property
+    def digest(self) -> str:
+        """Differs between any two compilers that might make different libraries."""
+        return _digest(*self.command, self.version)[:8]
+
+
+def find_compiler() -> Compiler:
+    """The compiler that $CXX names, else the first of c++, g++, clang++. KernelsUnavailable."""
+    asked = os.environ.get("CXX")
+    for command in [asked] if asked else ["c++", "g++", "clang++"]:
+        first, *rest = shlex.split(command)
+        if path := shutil.which(first):
+            return _identified((path, *rest))
+    if asked:
+        raise KernelsUnavailable(f"CXX={asked}: there is no such compiler")
+    raise KernelsUnavailable("no C++ compiler: neither c++ nor g++ nor clang++ is on the PATH, and CXX names none")
+
+
+@cache
+def _identified(command: tuple[str, ...]) -> Compiler:
+    done = _run([*command, "--version"])
+    if done.returncode or not done.stdout.strip():
+        raise KernelsUnavailable(f"the compiler {shlex.join(command)} does not work: {_first_error(done)}")
+    return Compiler(command, done.stdout.strip())
+
+
+@cache
+def refusal(compiler: Compiler, isa: str) -> str | None:
+    """Why this compiler cannot make libraries for that instruction set; None if it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text(_PROBE, encoding="utf-8")
+        done = _run([*compiler.command, *COMMON, *ISA_FLAGS[isa], "-shared", str(source), "-o", str(library)])
+        if done.returncode or not library.exists():
+            return f"{compiler.name} cannot compile for {isa}: {_first_error(done)}"
+    return None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources at one moment: compiling from a snapshot keeps an edit made meanwhile out of the library."""
+
+    files: dict[str, bytes]
+
+    @classmethod
+    def read(cls, folder: Path) -> Sources:
+        """All .cpp and .h files of a folder. OSError."""
+        return cls({path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".cpp", ".h")})
+
+    def digest(self, isa: str, extra: Iterable[str] = ()) -> str:
+        """Differs wherever the library of these sources might: contents, flags, machine."""
+        return _digest(platform.machine(), *COMMON, *ISA_FLAGS[isa], *extra, *self._named(self.files))[:16]
+
+    def units(self) -> list[str]:
+        """Names of the files that are compiled, the largest first: they take longest."""
+        return sorted((name for name in self.files if name.endswith(".cpp")), key=lambda name: -len(self.files[name]))
+
+    def object_digest(self, unit: str, isa: str, compiler: Compiler, extra: Iterable[str]) -> str:
+        """The same for the object file of one unit, which sees itself and all headers."""
+        seen = self._named([unit, *(name for name in self.files if name.endswith(".h"))])
+        return _digest(platform.machine(), compiler.digest, *COMMON, *ISA_FLAGS[isa], *extra, *seen)[:16]
+
+    def _named(self, names: Iterable[str]) -> list[bytes]:
+        return [part for name in names for part in (name.encode(), self.files[name])]
+
+
+def compile_library(compiler: Compiler, isa: str, sources: Sources, work: Path, objects: Path,
+                    extra: tuple[str, ...] = ()) -> tuple[Path, str]:
+    """Compile the sources for one instruction set, as many files at once as $MAX_JOBS (or the cores) allow.
+
+    Args:
+        work: an empty folder, for the snapshot of the sources and the library.
+        objects: a folder where finished object files stay: a later call compiles only what has changed since.
+        extra: flags after all others.
+
+    Returns:
+        The library, inside `work`, and the compiler's warnings.
+
+    Raises:
+        KernelsUnavailable: the compiler's first error.
+        OSError: a folder cannot be written.
+    """
+    for name, content in sources.files.items():
+        (work / name).write_bytes(content)
+    objects.mkdir(parents=True, exist_ok=True)
+    flags = [*COMMON, *ISA_FLAGS[isa], *extra]
+
+    def compiled(unit: str) -> tuple[Path, str]:
+        kept = objects / f"{unit}-{isa}-{sources.object_digest(unit, isa, compiler, extra)}.o"
+        log = kept.with_suffix(".log")
+        if not kept.exists():
+            new = work / f"{unit}.o"
+            # relative names: the compiler's messages then read as the sources do, not as this folder
+            done = _run([*compiler.command, *flags, "-c", unit, "-o", new.name], cwd=work)
+            _check(done, new, f"{compiler.name}, for {isa}")
+            log.write_text(done.stderr, encoding="utf-8")
+            new.replace(kept)
+        os.utime(kept)
+        return kept, log.read_text(encoding="utf-8")
+
+    jobs = int(os.environ.get("MAX_JOBS") or usable_cores())
+    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        waiting = [pool.submit(compiled, unit) for unit in sources.units()]
+        try:
+            done = [future.result() for future in _progress(waiting)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    library = work / "library.so"
+    linked = _run([*compiler.command, *flags, "-shared", *sorted(str(path) for path, _ in done), "-o", str(library)])
+    _check(linked, library, f"{compiler.name}, for {isa}")
+    return library, "".join(text for _, text in done)
+
+
+def _progress(waiting: list[Future]) -> Iterator[Future]:
+    """Futures as they finish; with a bar where someone watches."""
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:  # in the folder where pip builds a wheel
+            pass
+        else:
+            yield from tqdm(as_completed(waiting), total=len(waiting), unit="file", leave=False)
+            return
+    yield from as_completed(waiting)
+
+
+def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    try:  # LC_ALL: messages in English
+        return subprocess.run(command, cwd=cwd, env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise KernelsUnavailable(f"the compiler {command[0]} does not start: {error.strerror}") from None
+
+
+def _check(done: subprocess.CompletedProcess[str], made: Path, who: str) -> None:
+    if done.returncode or not made.exists():
+        raise KernelsUnavailable(f"{who}: {_first_error(done)}")
+
+
+def _first_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The line of the compiler's output that says what is wrong."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else
+                f"exit code {done.returncode}, no output, and no message")
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""A compiled library, called with NumPy arrays; training calls the same functions through MindSpore's ops.Custom."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .compiler import KernelsUnavailable
+
+if TYPE_CHECKING:  # pip imports this package to build a wheel, where there is no NumPy
+    import numpy as np
+
+
+class KernelError(Exception):
+    """A kernel refused its arguments; the message names kernel, argument, what was expected and what it got."""
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """bfloat16 numbers as NumPy can hold them: a uint16 array of their bits."""
+
+    bits: np.ndarray
+
+
+class Library:
+    """The kernels of one instruction set.
+
+    Args:
+        path: the shared library.
+        isa: the instruction set it was compiled for.
+        why: why this one is used, for a log line.
+
+    Raises:
+        KernelsUnavailable: the system cannot load it.
+    """
+
+    def __init__(self, path: Path, isa: str, why: str = "") -> None:
+        self.path = path
+        self.isa = isa
+        self.why = why
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise KernelsUnavailable(f"{path} does not load: {error}") from None
+        self._library.last_error.restype = ctypes.c_char_p
+
+    def has(self, name: str) -> bool:
+        """Whether there is a kernel of that name."""
+        return hasattr(self._library, name)
+
+    def cpu_supports(self, isa: str) -> bool:
+        """Whether the processor and the system can run the library of that instruction set."""
+        return bool(self._library.cpu_supports(isa.encode()))
+
+    def threads(self) -> int:
+        """Threads that OpenMP gives a kernel in this process."""
+        return self._library.omp_get_max_threads()  # found in libgomp, which the library is linked with
+
+    def call(self, name: str, *inputs: np.ndarray | BFloat16, outputs: Sequence[np.ndarray | BFloat16] = ()) -> None:
+        """Run a kernel.
+
+        Args:
+            name: of the kernel.
+            inputs: C-contiguous arrays: float32, int32, or `BFloat16`.
+            outputs: the same; the kernel writes into them.
+
+        Raises:
+            KernelError: the kernel refused its arguments.
+            ValueError: an array is not C-contiguous.
+        """
+        arguments = [*inputs, *outputs]
+        arrays = [argument.bits if isinstance(argument, BFloat16) else argument for argument in arguments]
+        if strided := [index for index, array in enumerate(arrays) if not array.flags.c_contiguous]:
+            raise ValueError(f"{name}: arguments {strided} are not C-contiguous")
+        names = [b"bfloat16" if isinstance(argument, BFloat16) else argument.dtype.name.encode()
+                 for argument in arguments]
+        count = len(arrays)
+        shapes = [(ctypes.c_int64 * max(array.ndim, 1))(*array.shape) for array in arrays]
+        code = getattr(self._library, name)(
+            ctypes.c_int(count),
+            (ctypes.c_void_p * count)(*[array.ctypes.data for array in arrays]),
+            (ctypes.c_int * count)(*[array.ndim for array in arrays]),
+            (ctypes.POINTER(ctypes.c_int64) * count)(*[ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+                                                       for shape in shapes]),
+            (ctypes.c_char_p * count)(*names),
+            None,
+            None,
+        )
+        if code:
+            raise KernelError(self._library.last_error().decode())
