@@ -69,8 +69,8 @@ def _write_and_read_records() -> str:
 def _kernels() -> str:
     from llm_core import ops
 
-    name, reason = ops.backend()
-    return f"{name}: {reason}"
+    chosen = ops.backend()
+    return f"{chosen.name}: {chosen.reason}"
 
 
 CHECKS = {

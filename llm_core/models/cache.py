@@ -33,8 +33,8 @@ class CachedDecoder(nn.Cell):
         first_rows = np.arange(batch_size * self.kv_heads, dtype=np.int32) * cache_length
         self.first_rows = Tensor(first_rows.reshape(-1, 1))
         self.angles = RotaryAngles(spec.rope, spec.head_dim, cache_length)
-        self.mask = core_ops.CacheMask()
-        self.attention = core_ops.CachedAttention()
+        self.mask = core_ops.CacheMask(spec.head_dim)
+        self.attention = core_ops.CachedAttention(spec.head_dim)
         self.update = ops.ScatterUpdate(use_locking=False)
 
     def _cache(self, what: str, layers: int) -> ParameterTuple:
@@ -67,7 +67,7 @@ class CachedDecoder(nn.Cell):
         """Attention of layer i: x [B*S, hidden] -> [B*S, hidden], after writing the new keys and values."""
         width = x.shape[0] // self.batch
         q, k, v = layer.qkv(x, self.batch, width)
-        q, k = layer.rope(q, cos, sin), layer.rope(k, cos, sin)
+        q, k = layer.rope(q, k, cos, sin)
         keys = self.update(self.keys[i], rows, self._head_major(k))
         values = self.update(self.values[i], rows, self._head_major(v))
         shape = (self.batch * self.kv_heads, self.length, self.dim)

@@ -38,7 +38,7 @@ class SelfAttention(nn.Cell):
             self.wv = linear(f"{name}.wv", h, spec.kv_size, spec.qkv_bias, std, seed)
         self.wo = linear(f"{name}.wo", spec.q_size, h, spec.output_bias, std, seed)
         self.rope = core_ops.Rope()
-        self.attention = core_ops.Attention()
+        self.attention = core_ops.Attention(spec.head_dim, bool(spec.attention_dropout))
         self.drop = core_ops.DropoutMask(spec.attention_dropout, 3 * layer) if spec.attention_dropout else None
 
     def qkv(self, x: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,8 +56,9 @@ class SelfAttention(nn.Cell):
         q, k, v = self.qkv(x, batch, length)
         keep = None
         if self.drop is not None and key is not None:
-            keep = self.drop(key, mask.shape[0], mask.shape[1])
-        out = self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v, mask, keep)
+            keep = self.drop(key, batch * self.heads * length, length)
+        q, k = self.rope(q, k, cos, sin)
+        out = self.attention(q, k, v, mask, keep)
         return self.wo(out.reshape(batch * length, self.heads * self.dim))
 
 
@@ -126,7 +127,7 @@ class Decoder(nn.Cell):
         blocks = [Block(i, spec, linear, seed) for i in range(spec.num_layers)]
         self.layers = nn.CellList(blocks, auto_prefix=False)
         self.norm_out = NormWeight("model.norm_out", hidden, spec.norm_eps)
-        self.mask = core_ops.AttentionMask(spec.num_heads, spec.head_dim)
+        self.mask = core_ops.AttentionMask(spec.num_heads, spec.head_dim, dropout=bool(spec.attention_dropout))
         self.angles = RotaryAngles(spec.rope, spec.head_dim, spec.max_position)
 
     def construct(self, tokens: Tensor, key: Tensor | None = None) -> Tensor:
@@ -158,7 +159,15 @@ class CausalLM(nn.Cell):
         if not spec.tied_head:
             std = spec.initializer_range
             self.lm_head = linear("lm_head", spec.hidden_size, spec.vocab_size, False, std, seed)
-        self.tied_product = ops.MatMul(transpose_b=True)
+        self.tied_product = core_ops.LinearProduct()
+
+    def head_is_plain(self) -> bool:
+        """Whether the head is a product with one matrix and nothing else, so that a loss may work on the matrix."""
+        return self.lm_head is None or (type(self.lm_head) is Linear and self.lm_head.bias is None)
+
+    def head_weight(self) -> Tensor:
+        """The matrix [V, hidden] of a plain head."""
+        return self.model.tok_embeddings.embedding_weight if self.lm_head is None else self.lm_head.weight
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, hidden] -> logits [N, V]."""

@@ -1,4 +1,4 @@
-"""What is computed from the logits: the training loss."""
+"""What is computed from the last hidden states beside logits: the training loss."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ class TokenLoss(nn.Cell):
     def __init__(self, net: CausalLM):
         super().__init__(auto_prefix=False)
         self.net = net
-        self.nll = core_ops.TokenNll()
+        self.fused = net.head_is_plain()
+        self.nll = core_ops.LinearNll() if self.fused else core_ops.TokenNll()
 
     def construct(self, tokens: Tensor, labels: Tensor, dropout_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits = self.net.head(self.net.model(tokens, dropout_key))
-        return self.nll(logits, labels.reshape(-1))
+        hidden, labels = self.net.model(tokens, dropout_key), labels.reshape(-1)
+        if self.fused:
+            return self.nll(hidden, self.net.head_weight(), labels)
+        return self.nll(self.net.head(hidden), labels)

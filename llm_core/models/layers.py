@@ -32,7 +32,7 @@ class Linear(nn.Cell):
         full_name = f"{name}.weight"
         self.weight = Parameter(initial_normal(full_name, (out_size, in_size), std, seed), name=full_name)
         self.bias = Parameter(Tensor(np.zeros(out_size, np.float32)), name=f"{name}.bias") if bias else None
-        self.product = ops.MatMul(transpose_b=True)
+        self.product = core_ops.LinearProduct()
         self.add_bias = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
@@ -47,9 +47,10 @@ class Embedding(nn.Cell):
         super().__init__(auto_prefix=False)
         full_name = f"{name}.embedding_weight"
         self.embedding_weight = Parameter(initial_normal(full_name, (vocab_size, size), std, seed), name=full_name)
+        self.lookup = core_ops.EmbeddingLookup(vocab_size)
 
     def construct(self, ids: Tensor) -> Tensor:
-        return ops.gather(self.embedding_weight, ids, 0)
+        return self.lookup(self.embedding_weight, ids)
 
 
 class NormWeight(nn.Cell):

@@ -1,35 +1,85 @@
-"""One operator a call: norm, rotary positions, activation, attention, token loss, dropout.
+"""One operator a call: norm, rotary positions, activation, attention, products, token loss, dropout, Adam's update.
 
-The model builds these operators once and calls them; which implementation stands behind a name is decided here
-and nowhere else. At present there is one, `reference`: plain MindSpore operators that run on every device, and
-the oracle that every faster implementation is tested against.
+The model, the loss and the optimizer build these operators once and call them; which implementation stands behind a
+name is decided here, once a process, when the first of them is asked for:
+
+    cpu        the C++ kernels of llm_core/kernels, as MindSpore's custom operators
+    reference  plain MindSpore operators, which run on every device; the oracle that the others are tested against
+
+An implementation is a package with every name of `OPERATORS`. One that does not take a shape hands out the
+reference's Cell for it; `describe` says so.
 """
 
 from __future__ import annotations
 
-from llm_core.ops.reference.attention import Attention, AttentionMask, CachedAttention, CacheMask
-from llm_core.ops.reference.dropout import Dropout, DropoutMask, dropout_key
-from llm_core.ops.reference.elementwise import Gelu, LayerNorm, RmsNorm, Rope, SwiGlu
-from llm_core.ops.reference.loss import TokenNll
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
 
-__all__ = [
+from llm_core import runtime
+from llm_core.ops.reference.dropout import Dropout, DropoutMask, dropout_key
+
+OPERATORS = (
+    "AdamUpdate",
     "Attention",
     "AttentionMask",
     "CacheMask",
     "CachedAttention",
-    "Dropout",
-    "DropoutMask",
+    "EmbeddingLookup",
     "Gelu",
     "LayerNorm",
+    "LinearNll",
+    "LinearProduct",
     "RmsNorm",
     "Rope",
+    "SquaredNorm",
     "SwiGlu",
     "TokenNll",
-    "backend",
-    "dropout_key",
-]
+)
+__all__ = ["OPERATORS", "Backend", "Dropout", "DropoutMask", "backend", "describe", "dropout_key", *OPERATORS]
 
 
-def backend() -> tuple[str, str]:
-    """The implementation in use and the reason for it, for one line of a run's log."""
-    return "reference", "plain MindSpore operators"
+@dataclass(frozen=True)
+class Backend:
+    """The implementation in use: its name, why it is that one, its package."""
+
+    name: str
+    reason: str
+    operators: ModuleType
+
+
+def __getattr__(name: str) -> Any:
+    """The operator of that name, of the implementation in use."""
+    if name in OPERATORS:
+        return getattr(backend().operators, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def backend() -> Backend:
+    """The implementation that this process uses; builds the kernels if need be. The device must be set by now."""
+    chosen = _choose()
+    # A compiled graph holds the path of its operators' library.
+    runtime.add_to_graph_keys("operators", [chosen.name, chosen.reason])
+    return chosen
+
+
+def _choose() -> Backend:
+    import mindspore as ms
+
+    device = ms.get_context("device_target")
+    if device != "CPU":
+        return _backend("reference", f"there are no kernels of ours for {device}")
+    return _backend("reference", "no kernels yet")
+
+
+def _backend(name: str, reason: str) -> Backend:
+    return Backend(name, reason, importlib.import_module(f"llm_core.ops.{name}"))
+
+
+def describe(head_dim: int, dropout: bool) -> str:
+    """One line for a run's log: which operators run and why, for a model with such attention."""
+    chosen = backend()
+    return f"kernels: {chosen.name} ({chosen.reason})"

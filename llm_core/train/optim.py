@@ -11,15 +11,10 @@
 The state is one fp32 Parameter a slot and parameter, named `<slot>.<parameter>`, for instance
 "adam_m.model.norm_out.weight"; `Optimizer.states` lists it, for checkpoints. One-dimensional parameters and
 *.bias get no weight decay.
-
-On a CPU `ops.Adam` is the one fused kernel worth having (15.7M parameters, 2 cores: Adam alone 14 ms, with
-the gradient's coefficient 18, with decoupled decay as well 27; `ops.AdamWeightDecay` 110, plain operators
-150), so Adam, AdamW and FP32StateAdamWeightDecay are three ways of feeding it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +22,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from llm_core import ops as core_ops
 from llm_core.errors import UserError
 
 
@@ -58,13 +54,7 @@ def takes_decay(param: Parameter) -> bool:
 
 
 class Adam(Optimizer):
-    """The Adam family on the fused kernel.
-
-    decoupled: weights shrink by lr * weight_decay before the update (AdamW); otherwise decay joins the
-        gradient (L2).
-    bias_correction: off is FP32StateAdamWeightDecay's rule.
-    eps: added outside the bias-corrected square root, as torch does.
-    """
+    """The Adam family; see `ops.AdamUpdate` for the arguments."""
 
     def __init__(
         self,
@@ -78,38 +68,13 @@ class Adam(Optimizer):
         super().__init__(params, weight_decay)
         self.m = self.slot("adam_m")
         self.v = self.slot("adam_v")
-        self.decoupled, self.bias_correction = decoupled, bias_correction
-        self.beta1, self.beta2 = betas
-        self.log_beta1, self.log_beta2 = math.log(self.beta1), math.log(self.beta2)
-        # The kernel forms 1 - beta in fp32: for 0.999 that is 5e-5 off. m and v come out too large by these
-        # constant factors, which the learning rate and eps can undo.
-        self.m_gain = _fp32_complement(self.beta1) / (1 - self.beta1)
-        self.v_gain = math.sqrt(_fp32_complement(self.beta2) / (1 - self.beta2))
-        self.eps = eps
-        self.kernel = ops.Adam()
+        self.update = core_ops.AdamUpdate(betas, eps, weight_decay, decoupled, bias_correction)
 
     def construct(self, grads, lr, step, coef):
-        rate = lr * (self.v_gain / self.m_gain)
-        eps = self.eps * self.v_gain
-        if self.bias_correction:
-            root = ops.sqrt(-ops.expm1(step * self.log_beta2))
-            rate = rate * root / -ops.expm1(step * self.log_beta1)
-            eps = eps * root
-        keep = 1.0 - lr * self.weight_decay
+        settings = self.update.settings(lr, step, coef)
         for i in range(self.count):
-            param = self.params[i]
-            grad = grads[i] * coef
-            if self.decayed[i]:
-                if self.decoupled:
-                    ops.assign(param, param * keep)
-                else:
-                    grad = grad + self.weight_decay * param
-            self.kernel(param, self.m[i], self.v[i], 0.0, 0.0, rate, self.beta1, self.beta2, eps, grad)
+            self.update(self.params[i], self.m[i], self.v[i], grads[i], settings, self.decayed[i])
         return step
-
-
-def _fp32_complement(beta: float) -> float:
-    return float(np.float32(1) - np.float32(beta))
 
 
 class SGD(Optimizer):

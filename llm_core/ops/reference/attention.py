@@ -20,10 +20,10 @@ class AttentionMask(nn.Cell):
     real ones), `cu_seqlens_q` and `cu_seqlens_k` int32 [B, n + 1] (packed rows: cumulative lengths of the
     documents; a query sees the keys of its own document). The first `prefix` keys are seen by every query
     whatever these say, and the others are counted from there. `bias` fp32 [1|B, heads, Sk] is added to the
-    scores before they are scaled by 1 / sqrt(head_dim).
+    scores before they are scaled by 1 / sqrt(head_dim). dropout: whether `Attention` will be given a `keep`.
     """
 
-    def __init__(self, heads: int, head_dim: int, prefix: int = 0):
+    def __init__(self, heads: int, head_dim: int, prefix: int = 0, dropout: bool = False):
         super().__init__(auto_prefix=False)
         self.heads, self.scale, self.prefix = heads, head_dim**-0.5, prefix
 
@@ -68,10 +68,11 @@ class Attention(nn.Cell):
 
     q fp32 [B, Sq, H, D]; k, v fp32 [B, Sk, Hkv, D], Sk >= Sq; mask from AttentionMask(H, D); keep (optional,
     dropout of the attention weights) fp32 [B * H * Sq, Sk], 0 or 1 / (1 - rate) -> fp32 [B, Sq, H, D].
-    A query that sees no key gets some average of the values, never NaN.
+    A query that sees no key gets some average of the values, never NaN. dropout: whether there will be a `keep`.
+    bf16: products of bfloat16-rounded numbers, where the backend has them.
     """
 
-    def __init__(self):
+    def __init__(self, head_dim: int, dropout: bool = False, bf16: bool = False):
         super().__init__(auto_prefix=False)
         self.core = _GroupedAttention()
 
@@ -139,6 +140,9 @@ class CacheMask(nn.Cell):
     its row's first real one, kv_start int32 [B].
     """
 
+    def __init__(self, head_dim: int):
+        super().__init__(auto_prefix=False)
+
     def construct(self, columns: Tensor, kv_start: Tensor, cache_length: int) -> Tensor:
         key = ops.arange(cache_length).reshape(1, 1, cache_length)
         visible = ops.logical_and(key <= columns.reshape(1, -1, 1), key >= kv_start.reshape(-1, 1, 1))
@@ -151,6 +155,9 @@ class CachedAttention(nn.Cell):
     q fp32 [B, S, H, D]; k, v fp32 [B * Hkv, T, D]; mask from CacheMask -> fp32 [B, S, H, D]. For inference:
     no gradient is meant to go through it.
     """
+
+    def __init__(self, head_dim: int):
+        super().__init__(auto_prefix=False)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         batch, q_len, heads, dim = q.shape

@@ -82,10 +82,14 @@ class LayerNorm(nn.Cell):
 class Rope(nn.Cell):
     """Turn channel pairs (i, i + D/2) of every head by an angle per position (arXiv 2104.09864).
 
-    x fp32 [..., D]; cos and sin broadcast against it, sin with the first half negated (see models/rope.py).
+    q fp32 [B, S, H, D], k fp32 [B, S, Hkv, D]; cos and sin fp32 [1|B, S, 1, D], sin with the first half negated
+    (see models/rope.py) -> q and k turned. cos and sin get no gradient.
     """
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def construct(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self._turn(q, cos, sin), self._turn(k, cos, sin)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         low, high = ops.split(x, x.shape[-1] // 2, -1)
         return x * cos + ops.concat((high, low), -1) * sin
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from llm_core.ops.reference.linear import LinearProduct
+
 
 class TokenNll(nn.Cell):
     """Sum of -log softmax(logits)[label] over the supervised tokens, and how many they are.
@@ -21,6 +23,18 @@ class TokenNll(nn.Cell):
         supervised = ops.cast(labels >= 0, ms.float32)
         loss, _ = self.core(logits, ops.maximum(labels, 0).reshape(-1, 1), supervised.reshape(-1, 1))
         return loss, supervised.sum()
+
+
+class LinearNll(nn.Cell):
+    """TokenNll of the logits x weight^T: x fp32 [N, H], weight fp32 [V, H], labels int32 [N] -> (fp32 [], fp32 [])."""
+
+    def __init__(self, bf16: bool = False):
+        super().__init__(auto_prefix=False)
+        self.product = LinearProduct(bf16)
+        self.nll = TokenNll()
+
+    def construct(self, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.nll(self.product(x, weight), labels)
 
 
 class _SoftmaxNll(nn.Cell):
