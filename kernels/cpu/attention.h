@@ -1,0 +1,282 @@
+// What the attention kernels share: who sees whom, and the packed forms of queries, keys and values.
+//
+// Tensors arrive as [B, S, H, D], so one head's rows lie H * D apart. Every operand of a matrix product is first
+// packed: contiguous, converted to the number type of the product, and padded with zeros to whole registers. A
+// number type T (tile.h) reads the k axis in words of T::kPack numbers. For a head of `dim` channels:
+//
+//   copied rows   [row][steps]                    left operand, k runs over channels; steps = ceil(dim / kPack)
+//   panels        [row / kPanel][steps][kPanel]   right operand, k runs over channels, kPanel rows side by side
+//   stacked rows  [row / kPack][width]            right operand, k runs over rows; width = dim rounded up to kLanes
+#pragma once
+
+#include <algorithm>
+
+#include "tile.h"
+
+namespace run_llm {
+
+// The register tile: kRows x kVecs accumulators, kVecs right operands and one left operand.
+constexpr int kRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVecs = 4;  // 32 registers
+#else
+constexpr int kVecs = 2;  // 16 registers
+#endif
+constexpr int kPanel = kVecs * kLanes;
+
+constexpr float kHidden = -1e30f;       // score of a key that must not be seen: its weight is exactly 0
+constexpr float kNothingSeen = -1e29f;  // running maximum before the first visible key: above kHidden
+
+constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+/// Rows of one head in memory: row i starts at data + i * step.
+template <class S>
+struct Rows {
+  S* data;
+  int64_t step;
+  S* operator[](int64_t i) const { return data + i * step; }
+  Rows from(int64_t i) const { return {data + i * step, step}; }
+};
+
+/// A [B, S, H, D] tensor: `heads(b, h)` are the S rows of one head.
+template <class S>
+struct Tensor {
+  S* data;
+  int64_t length, heads, dim;
+  Rows<S> head(int64_t b, int64_t h) const { return {data + (b * length * heads + h) * dim, heads * dim}; }
+};
+
+// ---- who sees whom ---------------------------------------------------------------------------------------------
+
+/// Query i sees the keys j with j < prefix or ranges[2 i] <= j < ranges[2 i + 1].
+struct Visibility {
+  const int32_t* ranges;
+  int32_t prefix;
+  Visibility from(int64_t query) const { return {ranges + 2 * query, prefix}; }
+};
+
+/// The extremes of the ranges of a few neighbouring queries.
+struct Limits {
+  int32_t least_begin, most_begin, least_end, most_end;
+};
+
+inline Limits limits_of(const Visibility& seen, int64_t queries) {
+  Limits all{seen.ranges[0], seen.ranges[0], seen.ranges[1], seen.ranges[1]};
+  for (int64_t i = 1; i < queries; ++i) {
+    all.least_begin = std::min(all.least_begin, seen.ranges[2 * i]);
+    all.most_begin = std::max(all.most_begin, seen.ranges[2 * i]);
+    all.least_end = std::min(all.least_end, seen.ranges[2 * i + 1]);
+    all.most_end = std::max(all.most_end, seen.ranges[2 * i + 1]);
+  }
+  return all;
+}
+
+/// Keys of a block that at least one of the queries sees, in whole vectors; `whole`: all of them see all of it.
+struct Span {
+  int64_t begin, end;
+  bool whole;
+  bool empty() const { return begin >= end; }
+};
+
+/// The span within keys [first, last); first is a multiple of kLanes.
+inline Span span_of(const Limits& all, int32_t prefix, int64_t first, int64_t last) {
+  int64_t begin = std::max<int64_t>(first, all.least_begin), end = std::min<int64_t>(last, all.most_end);
+  if (first < prefix) {
+    end = std::max(begin < end ? end : first, std::min<int64_t>(last, prefix));
+    begin = first;
+  }
+  if (begin >= end) return {first, first, true};
+  begin = first + (begin - first) / kLanes * kLanes;
+  end = first + round_up(end - first, kLanes);
+  const bool whole = (begin >= all.most_begin && end <= all.least_end) || end <= prefix;
+  return {begin, end, whole};
+}
+
+/// `score` of keys first .. first + kLanes - 1, replaced by kHidden where query number `row` does not see them.
+INLINE vec hide_unseen(vec score, const Visibility& seen, int64_t row, int64_t first) {
+  const ivec key = lane_numbers() + static_cast<int32_t>(first);
+  const ivec visible =
+      ((key >= seen.ranges[2 * row]) & (key < seen.ranges[2 * row + 1])) | (key < seen.prefix);
+  return visible ? score : broadcast(kHidden);
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------
+
+INLINE vec read_vec(const float* p) { return load(p); }
+INLINE vec read_vec(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (vec)_mm512_slli_epi32(wide, 16);
+#else
+  uvec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<uint32_t>(p[i].bits) << 16;
+  return (vec)x;
+#endif
+}
+
+/// Numbers p[0 .. count) as floats, zeros after them; count <= 0 reads nothing.
+template <class S>
+INLINE vec read_first(const S* p, int64_t count) {
+  if (count >= kLanes) return read_vec(p);
+  vec x{};
+  for (int64_t i = 0; i < count; ++i) x[i] = to_float(p[i]);
+  return x;
+}
+
+/// The first `count` numbers of x to p, as float or rounded to bfloat16.
+template <class S>
+INLINE void write_first(S* p, vec x, int64_t count) {
+  if constexpr (sizeof(S) == 4) {
+    if (count >= kLanes) return store(p, x);
+    for (int64_t i = 0; i < count; ++i) p[i] = x[i];
+  } else {
+    for (int64_t i = 0; i < std::min<int64_t>(count, kLanes); ++i) p[i] = to_bf16(x[i]);
+  }
+}
+
+/// kLanes words along a row: p[0 .. kLanes * kPack), of which the first `count` exist.
+template <class T, class S>
+INLINE typename T::vector words_along(const S* p, int64_t count) {
+  if constexpr (T::kPack == 1) {
+    return read_first(p, count);
+  } else {
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)read_first(p + kLanes, count - kLanes), (__m512)read_first(p, count));
+#endif
+  }
+}
+
+#if defined(__AVX512BF16__)
+/// Words (low[i], high[i]).
+INLINE __m512i pair_words(vec low, vec high) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);  // all of low, then all of high
+  const ivec lane = lane_numbers();
+  return _mm512_permutexvar_epi16((__m512i)(lane | ((lane + 16) << 16)), halves);
+}
+#endif
+
+/// kLanes words across two rows: word i is (p[i], q[i]); the first `count` exist. q, which only pairs read, may be null.
+template <class T, class S>
+INLINE typename T::vector words_across(const S* p, const S* q, int64_t count) {
+  if constexpr (T::kPack == 1) {
+    return read_first(p, count);
+  } else {
+#if defined(__AVX512BF16__)
+    return pair_words(read_first(p, count), q ? read_first(q, count) : vec{});
+#endif
+  }
+}
+
+/// Transpose kLanes x kLanes words in registers, by exchanging ever smaller off-diagonal blocks.
+INLINE void transpose(ivec (&x)[kLanes]) {
+  const ivec lane = lane_numbers();
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) {
+    const ivec upper = (lane & half) != 0;  // -1 in lanes of the upper half of a block
+    const ivec to_first = upper ? lane - half + kLanes : lane;
+    const ivec to_second = upper ? lane + kLanes : lane + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & half) continue;
+      const ivec a = x[i], b = x[i + half];
+      x[i] = __builtin_shuffle(a, b, to_first);
+      x[i + half] = __builtin_shuffle(a, b, to_second);
+    }
+  }
+}
+
+template <class T>
+constexpr int64_t steps_of(int64_t dim) {
+  return (dim + T::kPack - 1) / T::kPack;
+}
+template <class T>
+INLINE void write_words(typename T::word* p, typename T::vector x) {
+  std::memcpy(p, &x, sizeof x);
+}
+
+/// Copied rows: `count` rows to out [round_up(count, kRows)][steps rounded up to kLanes], zeros where none exist.
+template <class T, class S>
+void copy_rows(const Rows<S>& rows, int64_t count, int64_t dim, typename T::word* out) {
+  const int64_t stride = round_up(steps_of<T>(dim), kLanes);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < stride; c += kLanes)
+      write_words<T>(out + i * stride + c, words_along<T>(rows[i] + c * T::kPack, dim - c * T::kPack));
+  const int64_t padding = round_up(count, kRows) - count;
+  std::fill_n(out + count * stride, padding * stride, typename T::word{});
+}
+
+/// Stacked rows: `count` rows to out [padded / kPack][width], zeros where none exist.
+template <class T, class S>
+void stack_rows(const Rows<S>& rows, int64_t count, int64_t padded, int64_t dim, typename T::word* out) {
+  const int64_t width = round_up(dim, kLanes);
+  int64_t i = 0;
+  for (; i < count; i += T::kPack) {
+    const S* next = i + 1 < count ? rows[i + 1] : nullptr;
+    for (int64_t c = 0; c < width; c += kLanes, out += kLanes)
+      write_words<T>(out, words_across<T>(rows[i] + c, next ? next + c : nullptr, dim - c));
+  }
+  if (i < padded) std::fill_n(out, (padded - i) / T::kPack * width, typename T::word{});
+}
+
+/// Panels: `count` rows to out [ceil(count / kPanel)][steps][kPanel], zeros where none exist.
+template <class T, class S>
+void pack_panels(const Rows<S>& rows, int64_t count, int64_t dim, typename T::word* out) {
+  const int64_t steps = steps_of<T>(dim);
+  for (int64_t first = 0; first < count; first += kLanes) {
+    typename T::word* panel = out + first / kPanel * kPanel * steps + first % kPanel;
+    for (int64_t c = 0; c < steps; c += kLanes) {
+      ivec block[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = first + i < count ? (ivec)words_along<T>(rows[first + i] + c * T::kPack, dim - c * T::kPack) : ivec{};
+      transpose(block);
+      for (int i = 0; i < kLanes && c + i < steps; ++i)
+        write_words<T>(panel + (c + i) * kPanel, (typename T::vector)block[i]);
+    }
+  }
+  for (int64_t first = round_up(count, kLanes); first < round_up(count, kPanel); first += kLanes)
+    for (int64_t c = 0; c < steps; ++c)
+      write_words<T>(out + first / kPanel * kPanel * steps + first % kPanel + c * kPanel, typename T::vector{});
+}
+
+// ---- products on packed operands -------------------------------------------------------------------------------
+
+/// c[kRows][width] += left * right, `width` whole vectors: split into register tiles of up to kVecs vectors.
+/// `scale` (kRows numbers, or null for 1) multiplies the old c.
+template <class T, int VECS>
+INLINE void multiply_columns(float* c, int64_t c_row, const float* scale, const typename T::word* a, ptrdiff_t a_row,
+                             ptrdiff_t a_step, const typename T::word* b, ptrdiff_t b_step, int64_t steps) {
+  vec tile[kRows][VECS];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) {
+      tile[r][v] = load(c + r * c_row + v * kLanes);
+      if (scale) tile[r][v] *= broadcast(scale[r]);
+    }
+  accumulate<T, kRows, VECS>(tile, a, a_row, a_step, b, b_step, steps);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) store(c + r * c_row + v * kLanes, tile[r][v]);
+}
+
+template <class T>
+inline void multiply_rows(float* c, int64_t width, const float* scale, const typename T::word* a, ptrdiff_t a_row,
+                          ptrdiff_t a_step, const typename T::word* b, int64_t steps) {
+  const int64_t vecs = width / kLanes, parts = (vecs + kVecs - 1) / kVecs;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = vecs * part / parts * kLanes;
+    const int64_t taken = vecs * (part + 1) / parts - vecs * part / parts;
+    const auto* right = b + first;
+    switch (taken) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+      case 4: multiply_columns<T, 4>(c + first, width, scale, a, a_row, a_step, right, width, steps); break;
+      case 3: multiply_columns<T, 3>(c + first, width, scale, a, a_row, a_step, right, width, steps); break;
+#endif
+      case 2: multiply_columns<T, 2>(c + first, width, scale, a, a_row, a_step, right, width, steps); break;
+      default: multiply_columns<T, 1>(c + first, width, scale, a, a_row, a_step, right, width, steps); break;
+    }
+  }
+}
+
+}  // namespace run_llm
