@@ -13,19 +13,16 @@ from .build import library_path
 from .compiler import ISA_FLAGS, KernelsUnavailable
 from .library import BFloat16, KernelError, Library
 
-__all__ = ["ISAS", "BFloat16", "KernelError", "KernelsUnavailable", "Library", "available", "library"]
+__all__ = ["ISAS", "BFloat16", "KernelError", "KernelsUnavailable", "Library", "available",
+           "candidates", "library"]
 
 ISAS = tuple(ISA_FLAGS)
 """Instruction sets that there are libraries for, the best first."""
 
 # What /proc/cpuinfo must list for each: all that the compiler's flags allow it to use.
-_V4 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
-_NEEDS = {
-    "avx512_bf16": {"avx2", "fma", "f16c", *_V4, "avx512_bf16"},
-    "avx512": {"avx2", "fma", "f16c", *_V4},
-    "avx2": {"avx2", "fma", "f16c"},
-    "plain": set(),
-}
+_AVX2 = {"avx2", "fma", "f16c"}
+_V4 = {"bmi1", "bmi2", "abm", "movbe", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+_NEEDS = {"avx512_bf16": _AVX2 | _V4 | {"avx512_bf16"}, "avx512": _AVX2 | _V4, "avx2": _AVX2, "plain": set()}
 
 
 @cache
@@ -33,7 +30,7 @@ def available() -> tuple[str, ...]:
     """The instruction sets of `ISAS` that this machine can run, the best first.
 
     Asked of /proc/cpuinfo, because a library's own cpu_supports() would need a library first; the system leaves out
-    of it what it has not switched on. Where there is no such file (macOS), and on other processors, it is `plain`.
+    of it what it has not switched on. Where there is no such file (macOS), and on other processors: `plain`.
     """
     flags: set[str] = set()
     if platform.machine() in ("x86_64", "AMD64"):
@@ -43,6 +40,28 @@ def available() -> tuple[str, ...]:
         except OSError:
             pass
     return tuple(isa for isa in ISAS if _NEEDS[isa] <= flags)
+
+
+def candidates(isa: str | None = None) -> tuple[tuple[str, ...], str]:
+    """The instruction sets to try in turn, and why these: $KERNELS, `isa`, or the best that this machine can run.
+
+    Raises:
+        KernelsUnavailable: KERNELS=reference.
+        UserError: $KERNELS (or `isa`) names none, or one that this machine cannot run.
+    """
+    forced = isa or os.environ.get("KERNELS")
+    if not forced:
+        return available(), "the best that this machine can run"
+    origin = f"{'isa' if isa else 'KERNELS'}={forced}"
+    if forced == "reference":
+        raise KernelsUnavailable(origin)
+    here = f"this machine has {', '.join(available())}; `reference` means MindSpore's own operators"
+    if forced not in ISAS:
+        near = difflib.get_close_matches(forced, [*ISAS, "reference"], n=1, cutoff=0.4)
+        raise UserError(f"{origin}: no such kernels{f'; did you mean {near[0]}?' if near else ''} ({here})")
+    if forced not in available():
+        raise UserError(f"{origin}: this machine cannot run them ({here})")
+    return (forced,), origin
 
 
 def library(isa: str | None = None) -> Library:
@@ -55,39 +74,23 @@ def library(isa: str | None = None) -> Library:
         KernelsUnavailable: KERNELS=reference, or there is no library and no way to make one; says why.
         UserError: $KERNELS (or `isa`) names none, or one that this machine cannot run or has no library of.
     """
-    forced = isa or os.environ.get("KERNELS")
-    if forced == "reference":
-        raise KernelsUnavailable("KERNELS=reference")
-    if forced:
-        return _forced(forced, "KERNELS" if isa is None else "isa")
-    reasons = []
-    for name in available():
-        made = _attempt(name)
-        if not isinstance(made, str):
-            made.why = "; ".join(reasons) or "the best that this machine can run"
+    names, why = candidates(isa)
+    reasons: list[str] = []
+    for name in names:
+        made = _attempt(name, "; ".join(reasons) or why)
+        if isinstance(made, Library):
             return made
         reasons.append(made)
-    raise KernelsUnavailable("; ".join(dict.fromkeys(reasons)))
-
-
-def _forced(isa: str, origin: str) -> Library:
-    if isa not in ISAS:
-        near = difflib.get_close_matches(isa, [*ISAS, "reference"], n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}" if near else ""
-        raise UserError(f"{origin}={isa}: there are no such kernels{hint}. Here: {', '.join(available())}, reference")
-    if isa not in available():
-        raise UserError(f"{origin}={isa}: this machine cannot run it; it can: {', '.join(available())}, reference")
-    made = _attempt(isa)
-    if isinstance(made, str):
-        raise UserError(f"{origin}={isa}: {made}")
-    made.why = f"{origin}={isa}"
-    return made
+    reason = "; ".join(dict.fromkeys(reasons))
+    if isa or os.environ.get("KERNELS"):
+        raise UserError(f"{why}: {reason}")
+    raise KernelsUnavailable(reason)
 
 
 @cache
-def _attempt(isa: str) -> Library | str:
+def _attempt(isa: str, why: str) -> Library | str:
     """The library, or why there is none; asked once a process."""
     try:
-        return Library(library_path(isa), isa)
+        return Library(library_path(isa), isa, why)
     except KernelsUnavailable as error:
         return str(error)

@@ -77,6 +77,14 @@ def existing(isa: str, snapshot: Sources, extra: tuple[str, ...] = ()) -> Path |
     return found
 
 
+def ship(isa: str, folder: Path) -> Path:
+    """Put a library into a folder that will be `SHIPPED` of a wheel. KernelsUnavailable, OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shipped = folder / f"libkernels_{isa}-{Sources.read(SOURCES).digest(isa)}.so"
+    shutil.copyfile(library_path(isa), shipped)
+    return shipped
+
+
 def _build_in(folder: Path, compiler: Compiler, isa: str, snapshot: Sources, extra: tuple[str, ...]) -> Path:
     """Build in a folder that other processes may be building in. OSError: it cannot be written."""
     target = folder / f"libkernels_{isa}-{snapshot.digest(isa, extra)}-{compiler.digest}.so"

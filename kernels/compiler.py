@@ -53,7 +53,7 @@ class Compiler:
     @property
     def name(self) -> str:
         """Its command and the first line of its version."""
-        return f"{shlex.join(self.command)} ({self.version.partition(chr(10))[0]})"
+        return f"{shlex.join(self.command)} [{self.version.splitlines()[0]}]"
 
     @cached_property
     def digest(self) -> str:
@@ -198,7 +198,7 @@ def _first_error(done: subprocess.CompletedProcess[str]) -> str:
     """The line of the compiler's output that says what is wrong."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else
-                f"exit code {done.returncode}, no output, and no message")
+                f"exit code {done.returncode} and no message")
 
 
 def _digest(*parts: str | bytes) -> str:
