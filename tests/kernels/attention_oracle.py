@@ -14,7 +14,7 @@ def visible(ranges: np.ndarray, k_len: int, prefix: int) -> np.ndarray:
 
 
 def _weights(q, k, ranges, bias, prefix) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax weights fp64 [B, H, Sq, Sk] (rows of zeros where no key is seen) and lse [B, H, Sq] (-inf there)."""
+    """Softmax weights fp64 [B, H, Sq, Sk] (rows of zeros where no key is seen) and lse [B, H, Sq] (0 there)."""
     heads, dim, kv_heads = q.shape[2], q.shape[3], k.shape[2]
     k = np.repeat(k.astype(np.float64), heads // kv_heads, axis=2)
     scores = np.einsum("bihd,bjhd->bhij", q.astype(np.float64), k)
@@ -22,11 +22,11 @@ def _weights(q, k, ranges, bias, prefix) -> tuple[np.ndarray, np.ndarray]:
         scores = scores + bias.astype(np.float64)[:, :, None, :]
     scores = np.where(visible(ranges, k.shape[1], prefix)[:, None], scores * dim**-0.5, -np.inf)
     largest = scores.max(-1, keepdims=True)
-    shifted = np.exp(scores - np.where(np.isfinite(largest), largest, 0))
+    largest = np.where(np.isfinite(largest), largest, 0)
+    shifted = np.exp(scores - largest)
     total = shifted.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        lse = (np.log(total) + largest)[..., 0]
-    return shifted / np.where(total > 0, total, 1), lse
+    total = np.where(total > 0, total, 1)
+    return shifted / total, (np.log(total) + largest)[..., 0]
 
 
 def attention(q, k, v, ranges, bias=None, prefix=0) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +34,7 @@ def attention(q, k, v, ranges, bias=None, prefix=0) -> tuple[np.ndarray, np.ndar
 
     q [B, Sq, H, D]; k, v [B, Sk, K, D] with H a multiple of K (head h reads key head h // (H / K));
     ranges int32 [1|B, Sq, 2]; bias [1|B, H, Sk] or None -> out fp64 [B, Sq, H, D] and lse fp64 [B, H, Sq], the
-    natural logarithm of the sum of exponentials. A query that sees no key has out 0 and lse -inf.
+    natural logarithm of the sum of exponentials. A query that sees no key has out 0 and lse 0.
     """
     weights, lse = _weights(q, k, ranges, bias, prefix)
     v = np.repeat(v.astype(np.float64), q.shape[2] // v.shape[2], axis=2)
