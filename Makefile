@@ -2,6 +2,7 @@
 # make test     set up, then the tests; those that compare with torch run where `make parity` has installed it
 # make parity   torch, transformers and peft into .venv: the oracles of tests and benchmarks
 # make bench    every benchmark against its peer; one line a figure at the end
+# make kernels  compile the CPU kernels ahead of their first use, for every instruction set the compiler knows
 # make lint     ruff
 # make clean    remove what the targets above have made, .venv included
 #
@@ -13,7 +14,7 @@ SUPPORTED := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <=
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	if $$p -c '$(SUPPORTED)' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: setup demo test parity bench lint clean
+.PHONY: setup demo test parity bench kernels lint clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +42,9 @@ parity: $(VENV)/.parity
 
 bench: parity
 	$(BIN)/python benchmarks/run.py
+
+kernels: setup
+	$(BIN)/python -m kernels build
 
 lint: setup
 	$(BIN)/ruff check .

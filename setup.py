@@ -1,20 +1,28 @@
 """Packaging: `pip install .` gives the package llm_core and the command run-llm.
 
 The wheel holds llm_core alone. Its configs live at the top of the repository, where users read and copy them;
-the build puts a copy into llm_core/configs, so that an installed run-llm finds them from anywhere.
+the build puts a copy into llm_core/configs, so that an installed run-llm finds them from anywhere. llm_core/kernels is
+a link to kernels/: the wheel holds its sources, and the libraries that the compiler at hand can make of them. Without
+a compiler it is a wheel for every platform, whose kernels are compiled on first use.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # pip does not put it there
+
+from llm_core.kernels import ISAS, KernelsUnavailable  # noqa: E402  standard library only
+from llm_core.kernels.build import ship  # noqa: E402
 
 
-class BuildWithConfigs(build_py):
-    """build_py, and a fresh copy of configs/ inside the package (an editable install reads the original)."""
+class BuildPy(build_py):
+    """build_py, fresh copies of configs/ inside the package, and the kernels; an editable install needs none of it."""
 
     def run(self):
         super().run()
@@ -23,6 +31,32 @@ class BuildWithConfigs(build_py):
         target = Path(self.build_lib) / "llm_core" / "configs"
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(HERE / "configs", target)
+        libraries = self.libraries()
+        shutil.rmtree(libraries, ignore_errors=True)
+        for isa in ISAS:
+            try:
+                self.announce(f"kernels: {ship(isa, libraries).name}", level=2)
+            except KernelsUnavailable as error:
+                self.warn(f"this wheel has no kernels for {isa}: {error}")
+
+    def libraries(self) -> Path:
+        """Where the kernels' libraries are put."""
+        return Path(self.build_lib) / "llm_core" / "kernels" / "lib"
+
+
+class BdistWheel(bdist_wheel):
+    """bdist_wheel, which learns from what has been built whether the wheel is for this platform alone."""
+
+    def run(self):
+        self.run_command("build")
+        if any(self.get_finalized_command("build_py").libraries().glob("*.so")):
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # installed where code for one platform goes
+        super().run()
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
 setup(
@@ -35,7 +69,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llm_core", "llm_core.*"]),
-    cmdclass={"build_py": BuildWithConfigs},
+    package_data={"llm_core.kernels": ["cpu/*.cpp", "cpu/*.h"]},
+    cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
     entry_points={"console_scripts": ["run-llm = llm_core.cli:main"]},
     install_requires=[
         "mindspore>=2.9,<2.11",
