@@ -6,6 +6,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llm_core import ops as core_ops
+from llm_core.models.alibi import AlibiBias
 from llm_core.models.decoder import CausalLM, SelfAttention
 from llm_core.models.rope import RotaryAngles
 
@@ -32,9 +33,13 @@ class CachedDecoder(nn.Cell):
         self.values = self._cache("values", spec.num_layers)
         first_rows = np.arange(batch_size * self.kv_heads, dtype=np.int32) * cache_length
         self.first_rows = Tensor(first_rows.reshape(-1, 1))
-        self.angles = RotaryAngles(spec.rope, spec.head_dim, cache_length)
-        self.mask = core_ops.CacheMask(spec.head_dim)
-        self.attention = core_ops.CachedAttention(spec.head_dim)
+        self.angles, self.alibi = None, None
+        if spec.position == "rope":
+            self.angles = RotaryAngles(spec.rope, spec.head_dim, cache_length)
+        else:
+            self.alibi = AlibiBias(spec.num_heads)
+        self.mask = core_ops.CacheMask(spec.head_dim, bias=self.alibi is not None)
+        self.attention = core_ops.CachedAttention(spec.head_dim, bias=self.alibi is not None)
         self.update = ops.ScatterUpdate(use_locking=False)
 
     def _cache(self, what: str, layers: int) -> ParameterTuple:
@@ -47,27 +52,33 @@ class CachedDecoder(nn.Cell):
     def construct(self, tokens: Tensor, start: Tensor, kv_start: Tensor) -> Tensor:
         batch, width = tokens.shape
         columns = start + ops.arange(width)
-        positions = ops.maximum(columns.reshape(1, width) - kv_start.reshape(batch, 1), 0)
-        cos, sin = self.angles(positions, start + width - kv_start.min())
+        angles, bias = None, None
+        if self.alibi is None:
+            angles = self.angles(self._positions(columns, kv_start), start + width - kv_start.min())
+        else:
+            bias = self.alibi(self._positions(ops.arange(self.length), kv_start))
         rows = (self.first_rows + columns).reshape(-1)
-        mask = self.mask(columns, kv_start, self.length)
+        mask = self.mask(columns, kv_start, self.length, bias)
         decoder = self.net.model
         x = decoder.tok_embeddings(tokens.reshape(-1))
         i = 0
         for layer in decoder.layers:
-            x = x + self._attend(layer.attention, layer.attention_norm(x), cos, sin, rows, mask, i)
-            x = x + layer.feed_forward(layer.ffn_norm(x))
+            normed = layer.attention_norm(x)
+            x = layer.finish(x, normed, self._attend(layer.attention, normed, angles, rows, mask, i))
             i += 1
         last = x.reshape(batch, width, -1)[:, -1]
         return self.net.head(decoder.norm_out(last))
 
+    def _positions(self, columns: Tensor, kv_start: Tensor) -> Tensor:
+        """Of cache columns [S], counted from every row's first real token: int32 [B, S], 0 for padding."""
+        return ops.maximum(columns.reshape(1, -1) - kv_start.reshape(-1, 1), 0)
+
     def _attend(
-        self, layer: SelfAttention, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, mask: Tensor, i: int
+        self, layer: SelfAttention, x: Tensor, angles: tuple | None, rows: Tensor, mask: Tensor, i: int
     ) -> Tensor:
         """Attention of layer i: x [B*S, hidden] -> [B*S, hidden], after writing the new keys and values."""
         width = x.shape[0] // self.batch
-        q, k, v = layer.qkv(x, self.batch, width)
-        q, k = layer.rope(q, k, cos, sin)
+        q, k, v = layer.qkv(x, angles, self.batch, width)
         keys = self.update(self.keys[i], rows, self._head_major(k))
         values = self.update(self.values[i], rows, self._head_major(v))
         shape = (self.batch * self.kv_heads, self.length, self.dim)

@@ -12,8 +12,8 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from llm_core import ops as core_ops
-from llm_core.errors import UserError
-from llm_core.models.layers import Embedding, Linear, NormWeight
+from llm_core.models.alibi import AlibiBias
+from llm_core.models.layers import Embedding, Linear, Norm
 from llm_core.models.rope import RotaryAngles
 from llm_core.models.spec import DecoderSpec
 
@@ -22,7 +22,7 @@ LinearFactory = Callable[..., nn.Cell]
 
 
 class SelfAttention(nn.Cell):
-    """Projections, rotary positions, attention. Weights wq, wk, wv (or all in one, w_qkv) and wo."""
+    """Projections, rotary positions (unless ALiBi), attention. Weights wq, wk, wv (or all in one, w_qkv) and wo."""
 
     def __init__(self, name: str, layer: int, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
         super().__init__(auto_prefix=False)
@@ -37,47 +37,52 @@ class SelfAttention(nn.Cell):
             self.wk = linear(f"{name}.wk", h, spec.kv_size, spec.qkv_bias, std, seed)
             self.wv = linear(f"{name}.wv", h, spec.kv_size, spec.qkv_bias, std, seed)
         self.wo = linear(f"{name}.wo", spec.q_size, h, spec.output_bias, std, seed)
-        self.rope = core_ops.Rope()
+        self.rope = core_ops.Rope() if spec.position == "rope" else None
         self.attention = core_ops.Attention(spec.head_dim, bool(spec.attention_dropout))
         self.drop = core_ops.DropoutMask(spec.attention_dropout, 3 * layer) if spec.attention_dropout else None
 
-    def qkv(self, x: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B*S, hidden] -> q [B, S, H, D], k and v [B, S, Hkv, D], not yet rotated."""
+    def qkv(self, x: Tensor, angles: tuple | None, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B*S, hidden] -> q [B, S, H, D], k and v [B, S, Hkv, D], q and k turned by the `angles` (cos, sin)."""
         if self.qkv_concat:
             q, k, v = ops.split(self.w_qkv(x), self.sizes, -1)
         else:
             q, k, v = self.wq(x), self.wk(x), self.wv(x)
         q = q.reshape(batch, length, self.heads, self.dim)
         k = k.reshape(batch, length, self.kv_heads, self.dim)
+        if self.rope is not None:
+            q, k = self.rope(q, k, angles[0], angles[1])
         return q, k, v.reshape(batch, length, self.kv_heads, self.dim)
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor | None, batch: int) -> Tensor:
+    def construct(self, x: Tensor, angles: tuple | None, mask: Tensor, key: Tensor | None, batch: int) -> Tensor:
         length = x.shape[0] // batch
-        q, k, v = self.qkv(x, batch, length)
+        q, k, v = self.qkv(x, angles, batch, length)
         keep = None
         if self.drop is not None and key is not None:
             keep = self.drop(key, batch * self.heads * length, length)
-        q, k = self.rope(q, k, cos, sin)
         out = self.attention(q, k, v, mask, keep)
         return self.wo(out.reshape(batch * length, self.heads * self.dim))
 
 
 class FeedForward(nn.Cell):
-    """SwiGLU: w2(silu(w1 x) * w3 x); w1 and w3 may lie in one matrix, w_gate_hidden."""
+    """SwiGLU: w2(silu(w1 x) * w3 x), where w1 and w3 may lie in one matrix, w_gate_hidden; or GELU: w2(gelu(w1 x))."""
 
     def __init__(self, name: str, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
         super().__init__(auto_prefix=False)
         h, f, bias, std = spec.hidden_size, spec.ffn_size, spec.mlp_bias, spec.initializer_range
-        self.concat, self.width = spec.qkv_concat, f
+        self.gated, self.width = spec.mlp == "swiglu", f
+        self.concat = self.gated and spec.qkv_concat
         if self.concat:
             self.w_gate_hidden = linear(f"{name}.w_gate_hidden", h, 2 * f, bias, std, seed)
         else:
             self.w1 = linear(f"{name}.w1", h, f, bias, std, seed)
-            self.w3 = linear(f"{name}.w3", h, f, bias, std, seed)
+            if self.gated:
+                self.w3 = linear(f"{name}.w3", h, f, bias, std, seed)
         self.w2 = linear(f"{name}.w2", f, h, bias, std, seed)
-        self.activation = core_ops.SwiGlu()
+        self.activation = core_ops.SwiGlu() if self.gated else core_ops.Gelu()
 
     def construct(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.w2(self.activation(self.w1(x)))
         if self.concat:
             gate, up = ops.split(self.w_gate_hidden(x), self.width, -1)
         else:
@@ -86,29 +91,46 @@ class FeedForward(nn.Cell):
 
 
 class Block(nn.Cell):
-    """One layer.
+    """One layer, with one of three layouts of its residual.
 
-        x ─┬─ attention_norm ─ attention ─ (+) ─┬─ ffn_norm ─ feed_forward ─ (+) ─ out
-           └────────────────────────────────┘   └─────────────────────────────┘
+        sequential    x ─┬─ attention_norm ─ attention ─ (+) ─┬─ ffn_norm ─ feed_forward ─ (+) ─ out
+                         └────────────────────────────────┘   └─────────────────────────────┘
+        parallel      x ─┬─ attention_norm ─┬─ attention ─── (+) ─ (+) ─ out
+                         │                  └─ feed_forward ──┘     │
+                         └──────────────────────────────────────────┘
+        parallel_two_norms: the same, but feed_forward reads ffn_norm(x).
+
+    Hidden dropout applies to what is added to the residual: to each branch, or to the sum of both.
     """
 
     def __init__(self, layer: int, spec: DecoderSpec, linear: LinearFactory, seed: int | None):
         super().__init__(auto_prefix=False)
         name = f"model.layers.{layer}"
-        self.attention_norm = NormWeight(f"{name}.attention_norm", spec.hidden_size, spec.norm_eps)
+        self.residual = spec.residual
+        self.attention_norm = Norm(f"{name}.attention_norm", spec.norm, spec.hidden_size, spec.norm_eps)
         self.attention = SelfAttention(f"{name}.attention", layer, spec, linear, seed)
-        self.ffn_norm = NormWeight(f"{name}.ffn_norm", spec.hidden_size, spec.norm_eps)
+        if spec.residual != "parallel":
+            self.ffn_norm = Norm(f"{name}.ffn_norm", spec.norm, spec.hidden_size, spec.norm_eps)
         self.feed_forward = FeedForward(f"{name}.feed_forward", spec, linear, seed)
         rate = spec.hidden_dropout
         self.attention_drop = core_ops.Dropout(rate, 3 * layer + 1) if rate else None
         self.ffn_drop = core_ops.Dropout(rate, 3 * layer + 2) if rate else None
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor | None, batch: int) -> Tensor:
-        branch = self.attention(self.attention_norm(x), cos, sin, mask, key, batch)
-        if self.attention_drop is not None and key is not None:
-            branch = self.attention_drop(branch, key)
-        x = x + branch
-        branch = self.feed_forward(self.ffn_norm(x))
+    def construct(self, x: Tensor, angles: tuple | None, mask: Tensor, key: Tensor | None, batch: int) -> Tensor:
+        normed = self.attention_norm(x)
+        return self.finish(x, normed, self.attention(normed, angles, mask, key, batch), key)
+
+    def finish(self, x: Tensor, normed: Tensor, attended: Tensor, key: Tensor | None = None) -> Tensor:
+        """The layer's output, from its input x, attention_norm(x) and the attention's output, all [B*S, hidden]."""
+        if self.residual == "sequential":
+            if self.attention_drop is not None and key is not None:
+                attended = self.attention_drop(attended, key)
+            x = x + attended
+            branch = self.feed_forward(self.ffn_norm(x))
+        elif self.residual == "parallel":
+            branch = attended + self.feed_forward(normed)
+        else:
+            branch = attended + self.feed_forward(self.ffn_norm(x))
         if self.ffn_drop is not None and key is not None:
             branch = self.ffn_drop(branch, key)
         return x + branch
@@ -126,17 +148,25 @@ class Decoder(nn.Cell):
         self.tok_embeddings = Embedding("model.tok_embeddings", vocab, hidden, std, seed)
         blocks = [Block(i, spec, linear, seed) for i in range(spec.num_layers)]
         self.layers = nn.CellList(blocks, auto_prefix=False)
-        self.norm_out = NormWeight("model.norm_out", hidden, spec.norm_eps)
+        self.norm_out = Norm("model.norm_out", spec.norm, hidden, spec.norm_eps)
         self.mask = core_ops.AttentionMask(spec.num_heads, spec.head_dim, dropout=bool(spec.attention_dropout))
-        self.angles = RotaryAngles(spec.rope, spec.head_dim, spec.max_position)
+        self.angles, self.alibi = None, None
+        if spec.position == "rope":
+            self.angles = RotaryAngles(spec.rope, spec.head_dim, spec.max_position)
+        else:
+            self.alibi = AlibiBias(spec.num_heads)
 
     def construct(self, tokens: Tensor, key: Tensor | None = None) -> Tensor:
         batch, length = tokens.shape
-        mask = self.mask(batch, length, length)
-        cos, sin = self.angles(ops.arange(length).reshape(1, length), ops.scalar_to_tensor(length, ms.int32))
+        positions = ops.arange(length).reshape(1, length)
+        bias = None if self.alibi is None else self.alibi(positions)
+        mask = self.mask(batch, length, length, bias=bias)
+        angles = None
+        if self.angles is not None:
+            angles = self.angles(positions, ops.scalar_to_tensor(length, ms.int32))
         x = self.tok_embeddings(tokens.reshape(-1))
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, key, batch)
+            x = layer(x, angles, mask, key, batch)
         return self.norm_out(x)
 
 
@@ -148,11 +178,6 @@ class CausalLM(nn.Cell):
 
     def __init__(self, spec: DecoderSpec, linear: LinearFactory = Linear, seed: int | None = 0):
         super().__init__(auto_prefix=False)
-        if (spec.norm, spec.residual, spec.position, spec.mlp) != ("rms", "sequential", "rope", "swiglu"):
-            raise UserError(
-                f"model: norm {spec.norm}, residual {spec.residual}, position {spec.position}, mlp {spec.mlp} cannot "
-                "be built yet (Falcon); use LlamaForCausalLM or InternLMForCausalLM"
-            )
         self.spec = spec
         self.model = Decoder(spec, linear, seed)
         self.lm_head = None

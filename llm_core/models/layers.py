@@ -1,4 +1,4 @@
-"""The parts with weights: linear layer, embedding, norm weight; and their deterministic initial values."""
+"""The parts with weights: linear layer, embedding, norm; and their deterministic initial values."""
 
 from __future__ import annotations
 
@@ -53,13 +53,19 @@ class Embedding(nn.Cell):
         return self.lookup(self.embedding_weight, ids)
 
 
-class NormWeight(nn.Cell):
-    """RMSNorm with its scale: x fp32 [N, D] -> fp32 [N, D]; `<name>.weight` [D], ones at the start."""
+class Norm(nn.Cell):
+    """RMSNorm ("rms") or LayerNorm ("layer"): x fp32 [N, D] -> fp32 [N, D].
 
-    def __init__(self, name: str, size: int, eps: float):
+    `<name>.weight` [D], ones at the start; LayerNorm has `<name>.bias` [D], zeros at the start, as well.
+    """
+
+    def __init__(self, name: str, kind: str, size: int, eps: float):
         super().__init__(auto_prefix=False)
         self.weight = Parameter(Tensor(np.ones(size, np.float32)), name=f"{name}.weight")
-        self.norm = core_ops.RmsNorm(eps)
+        self.bias = None
+        if kind == "layer":
+            self.bias = Parameter(Tensor(np.zeros(size, np.float32)), name=f"{name}.bias")
+        self.norm = core_ops.RmsNorm(eps) if self.bias is None else core_ops.LayerNorm(eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight)
+        return self.norm(x, self.weight) if self.bias is None else self.norm(x, self.weight, self.bias)

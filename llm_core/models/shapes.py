@@ -9,21 +9,30 @@ from llm_core.models.spec import DecoderSpec
 
 
 def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """MindFormers' parameter names -> shapes, of the sequential family (Llama, InternLM), in the model's order."""
+    """MindFormers' parameter names -> shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     hidden = spec.hidden_size
     shapes["model.tok_embeddings.embedding_weight"] = (spec.vocab_size, hidden)
     for index in range(spec.num_layers):
         layer = f"model.layers.{index}"
-        shapes[f"{layer}.attention_norm.weight"] = (hidden,)
+        shapes.update(_norm(f"{layer}.attention_norm", spec))
         for name, (rows, columns, bias) in _linears(spec).items():
             shapes[f"{layer}.{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{layer}.{name}.bias"] = (rows,)
-        shapes[f"{layer}.ffn_norm.weight"] = (hidden,)
-    shapes["model.norm_out.weight"] = (hidden,)
+        if spec.residual != "parallel":
+            shapes.update(_norm(f"{layer}.ffn_norm", spec))
+    shapes.update(_norm("model.norm_out", spec))
     if not spec.tied_head:
         shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def _norm(name: str, spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """The parameters of one norm."""
+    shapes = {f"{name}.weight": (spec.hidden_size,)}
+    if spec.norm == "layer":
+        shapes[f"{name}.bias"] = (spec.hidden_size,)
     return shapes
 
 
@@ -31,18 +40,17 @@ def _linears(spec: DecoderSpec) -> dict[str, tuple[int, int, bool]]:
     """The linear layers of one block: name -> (output width, input width, bias)."""
     hidden, q, kv, ffn = spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_size
     if spec.qkv_concat:
-        qkv = {"attention.w_qkv": (q + 2 * kv, hidden, spec.qkv_bias)}
-        gate_up = {"feed_forward.w_gate_hidden": (2 * ffn, hidden, spec.mlp_bias)}
+        attention = {"attention.w_qkv": (q + 2 * kv, hidden, spec.qkv_bias)}
     else:
-        qkv = {
-            "attention.wq": (q, hidden, spec.qkv_bias),
-            "attention.wk": (kv, hidden, spec.qkv_bias),
-            "attention.wv": (kv, hidden, spec.qkv_bias),
-        }
-        gate_up = {
-            "feed_forward.w1": (ffn, hidden, spec.mlp_bias),
-            "feed_forward.w3": (ffn, hidden, spec.mlp_bias),
-        }
+        rows = {"attention.wq": q, "attention.wk": kv, "attention.wv": kv}
+        attention = {name: (size, hidden, spec.qkv_bias) for name, size in rows.items()}
+    if spec.mlp == "gelu":
+        rows = {"feed_forward.w1": ffn}
+    elif spec.qkv_concat:
+        rows = {"feed_forward.w_gate_hidden": 2 * ffn}
+    else:
+        rows = {"feed_forward.w1": ffn, "feed_forward.w3": ffn}
+    up = {name: (size, hidden, spec.mlp_bias) for name, size in rows.items()}
     output = {"attention.wo": (hidden, q, spec.output_bias)}
     down = {"feed_forward.w2": (hidden, ffn, spec.mlp_bias)}
-    return {**qkv, **output, **gate_up, **down}
+    return {**attention, **output, **up, **down}

@@ -73,18 +73,19 @@ def test_falcon_choices():
     assert (rw.residual, rw.position, rw.num_kv_heads, rw.mlp_bias) == ("sequential", "alibi", 32, True)
 
 
-def test_a_family_that_cannot_be_built_is_refused():
-    from llm_core.models.decoder import CausalLM
-
-    spec = spec_from_config(model_section("FalconForCausalLM", num_layers=1))
-    with pytest.raises(UserError, match="Falcon"):
-        CausalLM(spec)
-
-
 def test_parameters_of_the_built_model():
     from llm_core.models.decoder import CausalLM
 
-    for changes in ({}, {"tied_head": True}, {"qkv_bias": True, "output_bias": True, "mlp_bias": True}):
+    biases = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    falcon = {"norm": "layer", "mlp": "gelu", "tied_head": True}
+    for changes in (
+        {},
+        {"tied_head": True},
+        biases,
+        falcon | biases | {"position": "alibi"},
+        falcon | {"residual": "parallel"},
+        falcon | {"residual": "parallel_two_norms"},
+    ):
         spec = DecoderSpec(50, 24, 2, 4, 2, 6, 40, 16, **changes)
         for joined in (False, True):
             built = CausalLM(DecoderSpec(**(vars(spec) | {"qkv_concat": joined})), seed=None)

@@ -27,7 +27,15 @@ def table(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"qkv_concat": True, "qkv_bias": True}, {"tied_head": True, "output_bias": True}]
+    "changes",
+    [
+        {},
+        {"qkv_concat": True, "qkv_bias": True},
+        {"tied_head": True, "output_bias": True},
+        {"norm": "layer", "mlp": "gelu", "mlp_bias": True, "position": "alibi"},
+        {"norm": "layer", "mlp": "gelu", "residual": "parallel", "qkv_concat": True},
+        {"norm": "layer", "mlp": "gelu", "residual": "parallel_two_norms"},
+    ],
 )
 def test_shapes_are_those_of_the_model(changes: dict) -> None:
     from llm_core.models.decoder import CausalLM

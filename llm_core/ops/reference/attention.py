@@ -134,29 +134,32 @@ class _GroupedAttention(nn.Cell):
 
 
 class CacheMask(nn.Cell):
-    """Which columns of a cache the new tokens see: added to their scores, fp32 [B, S, T].
+    """Which columns of a cache the new tokens see: added to their scores, fp32 [B, 1|heads, S, T].
 
     `columns` int32 [S] are the cache columns of the new tokens; a token sees the columns up to its own, from
-    its row's first real one, kv_start int32 [B].
+    its row's first real one, kv_start int32 [B]. `bias` fp32 [B, heads, T] is added to the scores before they are
+    scaled by 1 / sqrt(head_dim); the constructor's bias says whether there will be one.
     """
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, bias: bool = False):
         super().__init__(auto_prefix=False)
+        self.scale = head_dim**-0.5
 
-    def construct(self, columns: Tensor, kv_start: Tensor, cache_length: int) -> Tensor:
+    def construct(self, columns: Tensor, kv_start: Tensor, cache_length: int, bias: Tensor | None = None) -> Tensor:
         key = ops.arange(cache_length).reshape(1, 1, cache_length)
         visible = ops.logical_and(key <= columns.reshape(1, -1, 1), key >= kv_start.reshape(-1, 1, 1))
-        return ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN
+        added = ops.expand_dims(ops.cast(ops.logical_not(visible), ms.float32) * HIDDEN, 1)
+        return added if bias is None else added + ops.expand_dims(bias, 2) * self.scale
 
 
 class CachedAttention(nn.Cell):
     """Attention of new tokens over a key/value cache that keeps heads outside, so that nothing is copied.
 
-    q fp32 [B, S, H, D]; k, v fp32 [B * Hkv, T, D]; mask from CacheMask -> fp32 [B, S, H, D]. For inference:
-    no gradient is meant to go through it.
+    q fp32 [B, S, H, D]; k, v fp32 [B * Hkv, T, D]; mask from CacheMask, with a bias or without ->
+    fp32 [B, S, H, D]. For inference: no gradient is meant to go through it.
     """
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, bias: bool = False):
         super().__init__(auto_prefix=False)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -168,7 +171,11 @@ class CachedAttention(nn.Cell):
             q = ops.transpose(q, (0, 2, 1, 3, 4))
         q = q.reshape(batch * kv_heads, q_len * group, dim) * (dim**-0.5)
         scores = ops.BatchMatMul(transpose_b=True)(q, k).reshape(batch, kv_heads, q_len, group, k_len)
-        scores = scores + mask.reshape(batch, 1, q_len, 1, k_len)
+        if mask.shape[1] == 1:
+            mask = mask.reshape(batch, 1, q_len, 1, k_len)
+        else:
+            mask = ops.transpose(mask.reshape(batch, kv_heads, group, q_len, k_len), (0, 1, 3, 2, 4))
+        scores = scores + mask
         weights = ops.Softmax(-1)(scores).reshape(batch * kv_heads, q_len * group, k_len)
         out = ops.BatchMatMul()(weights, v)
         if q_len > 1:
