@@ -84,12 +84,15 @@ def _identified(command: tuple[str, ...]) -> Compiler:
 @cache
 def refusal(compiler: Compiler, isa: str) -> str | None:
     """Why this compiler cannot make libraries for that instruction set; None if it can."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
-        source.write_text(_PROBE, encoding="utf-8")
-        done = _run([*compiler.command, *COMMON, *ISA_FLAGS[isa], "-shared", str(source), "-o", str(library)])
-        if done.returncode or not library.exists():
-            return f"{compiler.name} cannot compile for {isa}: {_first_error(done)}"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+            source.write_text(_PROBE, encoding="utf-8")
+            done = _run([*compiler.command, *COMMON, *ISA_FLAGS[isa], "-shared", str(source), "-o", str(library)])
+            if done.returncode or not library.exists():
+                return f"{compiler.name} cannot compile for {isa}: {_first_error(done)}"
+    except OSError as error:
+        return f"the compiler needs a temporary folder: {error}"
     return None
 
 
