@@ -16,12 +16,13 @@ constexpr int kRows = 6;                             // the tile of C in registe
 constexpr int kVecs = kLanes == 16 ? 4 : 2;
 constexpr int kPanel = kVecs * kLanes;
 constexpr int64_t kRun = 144;                        // words of k at a time: a panel of B of 36 KB stays in L1
-constexpr int64_t kTaskRows = 16 * kRows;            // what one task computes: kTaskRows x kTaskPanels panels of C
+constexpr int64_t kTaskRows = 32 * kRows;            // what one task computes: kTaskRows x kTaskPanels panels of C
 constexpr int64_t kTaskPanels = 4;
 // A block of packed operands, to lie in L2 and L3.
-constexpr int64_t kBlockRows = 12 * kTaskRows;
+constexpr int64_t kBlockRows = 6 * kTaskRows;
 constexpr int64_t kBlockPanels = 32;
 constexpr int64_t kBlockWords = 8 * kRun;
+constexpr int64_t kPackLines = 64;                   // rows of A that are packed at a time
 constexpr int64_t kFewRows = 8;                      // up to here reading B is what costs
 constexpr double kParallelWork = 1 << 20;            // multiplications that are worth a parallel region
 
@@ -100,7 +101,7 @@ void gemm_blocked(const Operand& a, const Operand& b, float* c, int64_t ldc, boo
   const int64_t most_rows = whole(std::min(a.lines, kBlockRows), kRows);
   const int64_t most_panels = std::min(parts(b.lines, kPanel), kBlockPanels);
   const int64_t stride = left_stride(most_words);
-  word_type* left = scratch<word_type>(kScratchGemmLeft, whole(most_rows, kLanes) * stride);
+  word_type* left = scratch<word_type>(kScratchGemmLeft, whole(most_rows, kPackLines) * stride);
   word_type* right = scratch<word_type>(kScratchGemmRight, most_panels * most_words * kPanel);
 
   const double work = static_cast<double>(a.lines) * b.lines * a.depth;
@@ -111,14 +112,14 @@ void gemm_blocked(const Operand& a, const Operand& b, float* c, int64_t ldc, boo
       const int64_t words = std::min(kBlockWords, all_words - word);
       const int64_t squares = parts(words, kLanes);
 #pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < parts(columns, kPanel) * kVecs; ++i)
-        pack_right<T>(b, column + i * kLanes, word * T::kPack, squares,
-                      right + i / kVecs * (most_words * kPanel) + i % kVecs * kLanes, kPanel);
+      for (int64_t panel = 0; panel < parts(columns, kPanel); ++panel)
+        pack_right<T>(b, column + panel * kPanel, kPanel, word * T::kPack, squares, right + panel * most_words * kPanel,
+                      kPanel);
       for (int64_t row = 0; row < a.lines; row += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, a.lines - row);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < whole(rows, kRows); i += kLanes)
-          pack_left<T>(a, row + i, word * T::kPack, squares, left + i * stride, stride);
+        for (int64_t i = 0; i < whole(rows, kRows); i += kPackLines)
+          pack_left<T>(a, row + i, kPackLines, word * T::kPack, squares, left + i * stride, stride);
         const Block<T> block = {left, stride, right, most_words, words, c + row * ldc + column, ldc, rows, columns,
                                 add || word > 0};
 #pragma omp for schedule(dynamic) collapse(2)
@@ -162,8 +163,8 @@ void gemm_few(const Operand& a, const Operand& b, float* c, int64_t ldc, bool ad
   constexpr int kColumns = ROWS > 4 ? 2 : 4;
   const int64_t squares = parts(parts(a.depth, T::kPack), kLanes);
   const int64_t stride = squares * kLanes;
-  typename T::word* left = scratch<typename T::word>(kScratchGemmLeft, kLanes * stride);
-  for (int64_t row = 0; row < a.lines; row += kLanes) pack_left<T>(a, row, 0, squares, left + row * stride, stride);
+  typename T::word* left = scratch<typename T::word>(kScratchGemmLeft, whole(ROWS, kLanes) * stride);
+  pack_left<T>(a, 0, whole(ROWS, kLanes), 0, squares, left, stride);
   const double work = static_cast<double>(a.lines) * b.lines * a.depth;
 #pragma omp parallel for schedule(static) if (work > kParallelWork)
   for (int64_t column = 0; column < whole(b.lines, kColumns); column += kColumns) {

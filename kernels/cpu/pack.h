@@ -106,37 +106,44 @@ INLINE void pack_square(const Operand& from, int64_t line, int64_t k, typename T
   for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(dest + i * dest_stride), x[i]);
 }
 
-/// Pack kLanes lines from `line` and `squares` squares of words from number `k` on.
+/// Pack `lines` lines (a multiple of kLanes) from `line`, `squares` squares of words from number `k` on. The walk
+/// follows memory: where neighbours are neighbouring lines, all lines of a square of k come before the next.
 template <class T, bool ALONG, bool LINES_IN_LANES>
-void pack_lines(const Operand& from, int64_t line, int64_t k, int64_t squares, typename T::word* dest,
+void pack_lines(const Operand& from, int64_t line, int64_t lines, int64_t k, int64_t squares, typename T::word* dest,
                 int64_t dest_stride) {
-  const int64_t to_next = LINES_IN_LANES ? kLanes * dest_stride : kLanes;
-  for (int64_t i = 0; i < squares; ++i, k += kLanes * T::kPack, dest += to_next) {
-    if (line + kLanes <= from.lines && k + kLanes * T::kPack <= from.depth)
-      pack_square<T, ALONG, LINES_IN_LANES, true>(from, line, k, dest, dest_stride);
-    else
-      pack_square<T, ALONG, LINES_IN_LANES, false>(from, line, k, dest, dest_stride);
-  }
+  const int64_t line_step = LINES_IN_LANES ? kLanes : kLanes * dest_stride;
+  const int64_t word_step = LINES_IN_LANES ? kLanes * dest_stride : kLanes;
+  const int64_t outer = ALONG ? lines / kLanes : squares, inner = ALONG ? squares : lines / kLanes;
+  for (int64_t o = 0; o < outer; ++o)
+    for (int64_t i = 0; i < inner; ++i) {
+      const int64_t across = ALONG ? o : i, along = ALONG ? i : o;
+      const int64_t first_line = line + across * kLanes, first = k + along * kLanes * T::kPack;
+      typename T::word* to = dest + across * line_step + along * word_step;
+      if (first_line + kLanes <= from.lines && first + kLanes * T::kPack <= from.depth)
+        pack_square<T, ALONG, LINES_IN_LANES, true>(from, first_line, first, to, dest_stride);
+      else
+        pack_square<T, ALONG, LINES_IN_LANES, false>(from, first_line, first, to, dest_stride);
+    }
 }
 
 /// The left operand's order: every line's words one after the other, lines `dest_stride` words apart.
 template <class T>
-void pack_left(const Operand& from, int64_t line, int64_t k, int64_t squares, typename T::word* dest,
+void pack_left(const Operand& from, int64_t line, int64_t lines, int64_t k, int64_t squares, typename T::word* dest,
                int64_t dest_stride) {
   if (from.along_k)
-    pack_lines<T, true, false>(from, line, k, squares, dest, dest_stride);
+    pack_lines<T, true, false>(from, line, lines, k, squares, dest, dest_stride);
   else
-    pack_lines<T, false, false>(from, line, k, squares, dest, dest_stride);
+    pack_lines<T, false, false>(from, line, lines, k, squares, dest, dest_stride);
 }
 
 /// The right operand's order: one word of kLanes lines, then the next word of them `dest_stride` words on.
 template <class T>
-void pack_right(const Operand& from, int64_t line, int64_t k, int64_t squares, typename T::word* dest,
+void pack_right(const Operand& from, int64_t line, int64_t lines, int64_t k, int64_t squares, typename T::word* dest,
                 int64_t dest_stride) {
   if (from.along_k)
-    pack_lines<T, true, true>(from, line, k, squares, dest, dest_stride);
+    pack_lines<T, true, true>(from, line, lines, k, squares, dest, dest_stride);
   else
-    pack_lines<T, false, true>(from, line, k, squares, dest, dest_stride);
+    pack_lines<T, false, true>(from, line, lines, k, squares, dest, dest_stride);
 }
 
 }  // namespace run_llm
