@@ -1,22 +1,22 @@
-"""Tiny Llamas that differ in one thing each, their fixed weights, and what this project and HF make of them.
+"""Tiny Llamas that differ in one thing each, and what this project and HF make of them.
 
 Used by the tests of the model and by tools/make_golden.py; only the functions named hf_* need torch.
 """
 
 from __future__ import annotations
 
-import zlib
 from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
+from decoder_runs import BATCH, PROMPT, VOCAB, data, fixed_values, hf_greedy, hf_results, our_results
 
 from llm_core.checkpoint.hf import from_hf
 from llm_core.models.spec import DecoderSpec, RopeSpec
 
-BATCH, LENGTH, VOCAB, PROMPT, NEW_TOKENS = 3, 40, 48, 9, 64
-TRAINED = 32  # positions; shorter than LENGTH, so that every scaling is beyond its trained length
-SAMPLES = 64  # elements of each gradient that a golden file keeps
+NEW_TOKENS = 64
+TRAINED = 32  # positions; shorter than the batch, so that every scaling is beyond its trained length
+NO_PADDING = np.zeros(BATCH, np.int32)
 DEEP = ("mha", "gqa", "tied")  # cases with two layers; the others have one, which compiles faster
 
 _ROPE = {"rope_theta": 100.0, "max_position_embeddings": TRAINED}
@@ -63,71 +63,16 @@ def spec_of(name: str, **changes) -> DecoderSpec:
     return DecoderSpec(**(fields | CASES[name][1] | changes))
 
 
-def fixed_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Weights of a parameter: from numpy's frozen generator, five times as large as at a training's start."""
-    values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    return (1 + 0.2 * values if "norm" in name else 0.1 * values).astype(np.float32)
-
-
-def fill(net) -> None:
-    """Give a CausalLM its fixed weights."""
-    from mindspore import Tensor
-
-    for name, parameter in net.parameters_dict().items():
-        parameter.set_data(Tensor(fixed_values(name, parameter.shape)))
-
-
-def data() -> tuple[np.ndarray, np.ndarray]:
-    """tokens and labels int32 [BATCH, LENGTH]; some labels ignored, one row padded on the right."""
-    random = np.random.RandomState(7)
-    tokens = random.randint(1, VOCAB, (BATCH, LENGTH)).astype(np.int32)
-    labels = random.randint(1, VOCAB, (BATCH, LENGTH)).astype(np.int32)
-    labels[0, :5] = -100
-    tokens[1, 25:], labels[1, 24:] = 0, -100
-    return tokens, labels
-
-
 @cache
 def run(name: str) -> SimpleNamespace:
-    """Our model of a case, and its loss, count, gradients by name, logits [B, S, V], greedy [B, NEW_TOKENS]."""
-    import mindspore as ms
-    from mindspore import Tensor, nn, ops
-
+    """Our results on a case, with its CachedDecoder and greedy [B, NEW_TOKENS]."""
     from llm_core.models.cache import CachedDecoder
-    from llm_core.models.decoder import CausalLM
-    from llm_core.models.heads import TokenLoss
 
-    class Step(nn.Cell):
-        """TokenLoss, its gradients and the logits in one graph, since compiling is what takes the time here."""
-
-        def __init__(self, net):
-            super().__init__(auto_prefix=False)
-            self.weights = ms.ParameterTuple(net.trainable_params())
-            self.net, self.loss = net, TokenLoss(net)
-            self.gradient = ops.GradOperation(get_by_list=True, sens_param=True)
-
-        def construct(self, tokens, labels):
-            loss, count = self.loss(tokens, labels)
-            sens = (ops.ones_like(loss), ops.zeros_like(count))
-            gradients = self.gradient(self.loss, self.weights)(tokens, labels, sens)
-            return loss, count, gradients, self.net(tokens)
-
-    net = CausalLM(spec_of(name), seed=None)
-    fill(net)
-    tokens, labels = data()
-    step = Step(net)
-    loss, count, gradients, logits = step(Tensor(tokens), Tensor(labels))
-    by_name = {p.name: g.asnumpy() for p, g in zip(step.weights, gradients, strict=True)}
-    decoder = CachedDecoder(net, BATCH, PROMPT + NEW_TOKENS)
-    return SimpleNamespace(
-        net=net,
-        decoder=decoder,
-        loss=float(loss),
-        count=float(count),
-        gradients=by_name,
-        logits=logits.asnumpy(),
-        greedy=greedy(decoder, tokens[:, :PROMPT], np.zeros(BATCH, np.int32), PROMPT if name in DEEP else 1),
-    )
+    results = our_results(spec_of(name))
+    results.decoder = CachedDecoder(results.net, BATCH, PROMPT + NEW_TOKENS)
+    width = PROMPT if name in DEEP else 1
+    results.greedy = greedy(results.decoder, data()[0][:, :PROMPT], NO_PADDING, width)
+    return results
 
 
 def greedy(decoder, prompt: np.ndarray, kv_start: np.ndarray, width: int = PROMPT) -> np.ndarray:
@@ -171,46 +116,7 @@ def hf_model(name: str):
 
 
 def hf_run(name: str) -> SimpleNamespace:
-    """HF's results on a case, with the fields of `run`."""
-    import torch
-
-    model = hf_model(name)
-    tokens, labels = (torch.from_numpy(array.astype(np.int64)) for array in data())
-    logits = model(tokens, attention_mask=torch.ones_like(tokens)).logits
-    loss = torch.nn.functional.cross_entropy(logits.view(-1, VOCAB), labels.view(-1), reduction="sum")
-    loss.backward()
-    gradients = {from_hf(n): p.grad.numpy() for n, p in model.named_parameters()}
-    return SimpleNamespace(
-        loss=float(loss.detach()),
-        count=float((labels >= 0).sum()),
-        gradients=gradients,
-        logits=logits.detach().numpy(),
-        greedy=hf_greedy(hf_model(name), tokens[:, :PROMPT], torch.ones(BATCH, PROMPT, dtype=torch.long)),
-    )
-
-
-def hf_greedy(model, prompt, attention_mask) -> np.ndarray:
-    """HF's greedy continuation: int64 [B, NEW_TOKENS]."""
-    out = model.generate(
-        prompt,
-        attention_mask=attention_mask,
-        do_sample=False,
-        max_new_tokens=NEW_TOKENS,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return out[:, prompt.shape[1] :].numpy()
-
-
-def sample(gradients: dict[str, np.ndarray]) -> np.ndarray:
-    """What a golden file keeps of the gradients: fp32 [parameters, SAMPLES], by name, evenly spaced elements."""
-    rows = []
-    for _, gradient in sorted(gradients.items()):
-        flat = gradient.reshape(-1)
-        rows.append(np.resize(flat[:: max(1, flat.size // SAMPLES)], SAMPLES))
-    return np.stack(rows)
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """||a - b|| / ||b||."""
-    return float(np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b))
+    """HF's results on a case, with greedy [B, NEW_TOKENS]."""
+    theirs = hf_results(hf_model(name), lambda found: {from_hf(name): array for name, array in found.items()})
+    theirs.greedy = hf_greedy(hf_model(name), data()[0][:, :PROMPT], NO_PADDING, NEW_TOKENS)
+    return theirs

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import llama_cases
 import numpy as np
 import pytest
+from decoder_runs import data, fill
 
 from llm_core import ops as core_ops
 
@@ -33,10 +34,10 @@ def step():
 
     def make(spec, prepare=lambda net: None):
         net = CausalLM(spec, seed=None)
-        llama_cases.fill(net)
+        fill(net)
         prepare(net)
         cell = Step(net)
-        inputs = [Tensor(array) for array in llama_cases.data()]
+        inputs = [Tensor(array) for array in data()]
 
         def call(key=None):
             (loss, _), gradients = cell(*inputs, *([] if key is None else [Tensor(key)]))
