@@ -38,12 +38,21 @@ struct Rows {
   Rows from(int64_t i) const { return {data + i * step, step}; }
 };
 
-/// A [B, S, H, D] tensor: `heads(b, h)` are the S rows of one head.
+/// A tensor of heads: `head(b, h)` are the rows of one.
 template <class S>
-struct Tensor {
+struct Heads {
   S* data;
-  int64_t length, heads, dim;
-  Rows<S> head(int64_t b, int64_t h) const { return {data + (b * length * heads + h) * dim, heads * dim}; }
+  int64_t batch_step, head_step, row_step;
+
+  /// Of shape [B, length, heads, dim].
+  static Heads inside(S* data, int64_t length, int64_t heads, int64_t dim) {
+    return {data, length * heads * dim, dim, heads * dim};
+  }
+  /// Of shape [B, heads, length, dim].
+  static Heads outside(S* data, int64_t heads, int64_t length, int64_t dim) {
+    return {data, heads * length * dim, length * dim, dim};
+  }
+  Rows<S> head(int64_t b, int64_t h) const { return {data + b * batch_step + h * head_step, row_step}; }
 };
 
 // ---- who sees whom ---------------------------------------------------------------------------------------------
@@ -157,7 +166,7 @@ INLINE __m512i pair_words(vec low, vec high) {
 
 /// kLanes words across two rows: word i is (p[i], q[i]); the first `count` exist. q, which only pairs read, may be null.
 template <class T, class S>
-INLINE typename T::vector words_across(const S* p, const S* q, int64_t count) {
+INLINE typename T::vector words_across(const S* p, [[maybe_unused]] const S* q, int64_t count) {
   if constexpr (T::kPack == 1) {
     return read_first(p, count);
   } else {
@@ -240,8 +249,9 @@ void pack_panels(const Rows<S>& rows, int64_t count, int64_t dim, typename T::wo
 
 // ---- products on packed operands -------------------------------------------------------------------------------
 
-/// c[kRows][width] += left * right, `width` whole vectors: split into register tiles of up to kVecs vectors.
-/// `scale` (kRows numbers, or null for 1) multiplies the old c.
+/// c[kRows][width] = scale * c + left * right, `width` whole vectors: split into register tiles of up to kVecs vectors.
+/// `scale`: kRows numbers, or null for 1. A tile starts from zero and is added at the end: sums over thousands of
+/// rows, built block by block, would lose digits in one long chain.
 template <class T, int VECS>
 INLINE void multiply_columns(float* c, int64_t c_row, const float* scale, const typename T::word* a, ptrdiff_t a_row,
                              ptrdiff_t a_step, const typename T::word* b, ptrdiff_t b_step, int64_t steps) {
@@ -249,15 +259,15 @@ INLINE void multiply_columns(float* c, int64_t c_row, const float* scale, const 
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) {
-      tile[r][v] = load(c + r * c_row + v * kLanes);
-      if (scale) tile[r][v] *= broadcast(scale[r]);
-    }
+    for (int v = 0; v < VECS; ++v) tile[r][v] = vec{};
   accumulate<T, kRows, VECS>(tile, a, a_row, a_step, b, b_step, steps);
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) store(c + r * c_row + v * kLanes, tile[r][v]);
+    for (int v = 0; v < VECS; ++v) {
+      float* to = c + r * c_row + v * kLanes;
+      store(to, scale ? load(to) * broadcast(scale[r]) + tile[r][v] : load(to) + tile[r][v]);
+    }
 }
 
 template <class T>

@@ -19,21 +19,22 @@ namespace run_llm {
 template <class S>
 struct AttentionCall {
   int64_t batch, queries, keys, heads, kv_heads, dim;
-  Tensor<const S> q, k, v;
+  Heads<const S> q, k, v;
   const int32_t* ranges;
   const float* bias;  // null: none
   int32_t prefix;
   bool ranges_per_row, bias_per_row;
-  Tensor<S> out;
-  float* lse;
+  int64_t bias_keys;  // a row of bias, which a cache has longer than `keys`
+  Heads<S> out;
+  float* lse;  // may be null
   // backward only
-  Tensor<const S> given_out, dout;
+  Heads<const S> given_out, dout;
   const float* given_lse;
-  Tensor<S> dq, dk, dv;
+  Heads<S> dq, dk, dv;
 
   static AttentionCall forward(Args& args) {
     AttentionCall call = inputs(args);
-    call.out = {args.output<S>("out", "B Sq H D"), call.queries, call.heads, call.dim};
+    call.out = Heads<S>::inside(args.output<S>("out", "B Sq H D"), call.queries, call.heads, call.dim);
     call.lse = args.output<float>("lse", "B H Sq");
     args.done();
     return call;
@@ -41,12 +42,12 @@ struct AttentionCall {
 
   static AttentionCall backward(Args& args) {
     AttentionCall call = inputs(args);
-    call.given_out = {args.input<S>("out", "B Sq H D"), call.queries, call.heads, call.dim};
+    call.given_out = Heads<const S>::inside(args.input<S>("out", "B Sq H D"), call.queries, call.heads, call.dim);
     call.given_lse = args.input<float>("lse", "B H Sq");
-    call.dout = {args.input<S>("dout", "B Sq H D"), call.queries, call.heads, call.dim};
-    call.dq = {args.output<S>("dq", "B Sq H D"), call.queries, call.heads, call.dim};
-    call.dk = {args.output<S>("dk", "B Sk K D"), call.keys, call.kv_heads, call.dim};
-    call.dv = {args.output<S>("dv", "B Sk K D"), call.keys, call.kv_heads, call.dim};
+    call.dout = Heads<const S>::inside(args.input<S>("dout", "B Sq H D"), call.queries, call.heads, call.dim);
+    call.dq = Heads<S>::inside(args.output<S>("dq", "B Sq H D"), call.queries, call.heads, call.dim);
+    call.dk = Heads<S>::inside(args.output<S>("dk", "B Sk K D"), call.keys, call.kv_heads, call.dim);
+    call.dv = Heads<S>::inside(args.output<S>("dv", "B Sk K D"), call.keys, call.kv_heads, call.dim);
     args.done();
     return call;
   }
@@ -57,7 +58,7 @@ struct AttentionCall {
 
   /// bias of keys [first, last) for one head, zeros after them up to a whole block of panels.
   void copy_bias(int64_t b, int64_t h, int64_t first, int64_t last, float* to) const {
-    const float* from = bias + ((bias_per_row ? b * heads : 0) + h) * keys;
+    const float* from = bias + ((bias_per_row ? b * heads : 0) + h) * bias_keys;
     std::copy(from + first, from + last, to);
     std::fill(to + (last - first), to + round_up(last - first, kPanel), 0.f);
   }
@@ -76,9 +77,9 @@ struct AttentionCall {
     call.dim = args.size("D");
     args.require(call.heads % call.kv_heads == 0, "k", "its number of heads must divide that of q");
     args.require(call.keys < (1 << 30) && call.queries < (1 << 30), "k", "more than 2^30 positions");
-    call.q = {q, call.queries, call.heads, call.dim};
-    call.k = {k, call.keys, call.kv_heads, call.dim};
-    call.v = {v, call.keys, call.kv_heads, call.dim};
+    call.q = Heads<const S>::inside(q, call.queries, call.heads, call.dim);
+    call.k = Heads<const S>::inside(k, call.keys, call.kv_heads, call.dim);
+    call.v = Heads<const S>::inside(v, call.keys, call.kv_heads, call.dim);
     call.ranges = args.input<int32_t>("ranges", "R Sq 2");
     const int64_t range_rows = args.size("R");
     args.require(range_rows == 1 || range_rows == call.batch, "ranges", "its first size must be 1 or the batch");
@@ -96,6 +97,7 @@ struct AttentionCall {
       const int64_t bias_rows = args.size("P");
       args.require(bias_rows == 1 || bias_rows == call.batch, "bias", "its first size must be 1 or the batch");
       call.bias_per_row = bias_rows > 1;
+      call.bias_keys = call.keys;
     }
     call.prefix = *args.input<int32_t>("prefix", "1");
     args.require(call.prefix >= 0 && call.prefix <= call.keys, "prefix", "outside 0 .. Sk");

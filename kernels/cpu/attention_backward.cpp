@@ -180,7 +180,7 @@ struct Backward {
     Part part{row, begin - key, first_key + begin, span.whole ? 0 : kRows, &seen, {}, {}};
     for (int r = 0; r < kRows; ++r) {
       const bool real = row + r < queries;
-      part.lse[r] = real ? lse[row + r] * kLog2e : -kHidden;  // the weights of a padding row are 0
+      part.lse[r] = real ? lse[row + r] : -kHidden;  // the weights of a padding row are 0
       part.delta[r] = real ? delta[row + r] : 0.f;
       if (!real) part.masked_rows = std::min<int>(part.masked_rows, r);  // it has no range either
     }
@@ -199,7 +199,7 @@ struct Backward {
     int64_t row, column, first_key;  // in the tile, in the tile, among all keys
     int masked_rows;
     const Visibility* seen;
-    float lse[kRows], delta[kRows];  // lse in units of log 2
+    float lse[kRows], delta[kRows]; 
   };
 
   template <int VECS>
@@ -207,7 +207,7 @@ struct Backward {
     vec c[kRows][VECS];
     clear(c);
     accumulate<T, kRows, VECS>(c, s.query_rows + part.row * row_words, row_words, 1, s.key_panels + offset, kPanel, steps);
-    const vec factor = broadcast(scale * kLog2e);
+    const vec factor = broadcast(scale);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -215,7 +215,7 @@ struct Backward {
         vec score = c[r][v];
         if (call.bias) score += load(s.bias + part.column + v * kLanes);
         if (r < part.masked_rows) score = hide_unseen(score, part.seen->from(part.row), r, part.first_key + v * kLanes);
-        store(s.scores + r * kPanel + v * kLanes, exp2(score * factor - broadcast(part.lse[r])));
+        store(s.scores + r * kPanel + v * kLanes, exp(score * factor - broadcast(part.lse[r])));
       }
     clear(c);
     accumulate<T, kRows, VECS>(c, s.dout_rows + part.row * row_words, row_words, 1, s.value_panels + offset, kPanel, steps);
@@ -253,11 +253,10 @@ struct Backward {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; r += T::kPack) {
       Word* word = to + (row + r) / T::kPack * kKeyTile + column;
-      if constexpr (T::kPack == 1) {
-        store(word, rows[r]);
-      } else {
-        write_words<T>(word, pair_words(rows[r], rows[r + 1]));
-      }
+      if constexpr (T::kPack == 1) store(word, rows[r]);
+#if defined(__AVX512BF16__)
+      if constexpr (T::kPack == 2) write_words<T>(word, pair_words(rows[r], rows[r + 1]));
+#endif
     }
   }
 

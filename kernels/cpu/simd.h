@@ -109,39 +109,39 @@ INLINE ivec lane_numbers() {
   return x;
 }
 
-/// 2^x for x <= 127, to 8e-8 relative: x = n + f with |f| <= 1/2, a polynomial of degree 5 for 2^f, and n added to
-/// the exponent. Below 2^-126 the result is 0.
-INLINE vec exp2(vec x) {
-#if defined(__AVX512F__)
-  const __m512 rounded = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const vec f = x - (vec)rounded;
-#else
-  const vec shifter = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vec clamped = max(x, broadcast(-127.f));
-  const vec shifted = clamped + shifter;
-  const vec f = clamped - (shifted - shifter);
-#endif
-  // The coefficients are the minimax fit (Remez, relative error) of 2^f on [-1/2, 1/2].
-  vec p = broadcast(1.32764720e-03f);
-  p = p * f + broadcast(9.67554135e-03f);
-  p = p * f + broadcast(5.55071327e-02f);
-  p = p * f + broadcast(2.40221197e-01f);
-  p = p * f + broadcast(6.93146967e-01f);
-  p = p * f + broadcast(1.00000007e+00f);
-#if defined(__AVX512F__)
-  return (vec)_mm512_scalef_ps((__m512)p, rounded);
-#else
-  const ivec n = (ivec)shifted << 23;  // the low bits of `shifted` hold n
-  const vec scaled = (vec)((ivec)p + n);
-  return x < broadcast(-126.f) ? broadcast(0.f) : scaled;
-#endif
-}
-
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-/// e^x for x <= 88, to 2e-7 relative near 0.
-INLINE vec exp(vec x) { return exp2(x * broadcast(kLog2e)); }
+/// e^x for x <= 88, to 1e-7 relative: x = n ln 2 + f with |f| <= ln 2 / 2, a polynomial of degree 5 for e^f, and n added
+/// to the exponent. Below e^-87 the result may be 0, below e^-103 it is.
+INLINE vec exp(vec x) {
+  const vec least = broadcast(-104.f);
+#if defined(__AVX512F__)
+  x = max(least, x);  // in this order a NaN stays one
+  const vec n = (vec)_mm512_roundscale_ps((__m512)(x * broadcast(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vec shifter = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vec given = x;
+  x = max(least, x);
+  const vec shifted = x * broadcast(kLog2e) + shifter;
+  const vec n = shifted - shifter;
+#endif
+  // n ln 2 in two parts, of which the first has so few digits that n times it is exact.
+  const vec f = (x - n * broadcast(0.693145751953125f)) - n * broadcast(1.42860682030941723e-6f);
+  // The coefficients are the minimax fit (relative error) of e^f.
+  vec p = broadcast(8.29765509e-03f);
+  p = p * f + broadcast(4.19153821e-02f);
+  p = p * f + broadcast(1.66675747e-01f);
+  p = p * f + broadcast(4.99988949e-01f);
+  p = p * f + broadcast(9.99999692e-01f);
+  p = p * f + broadcast(1.00000007e+00f);
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const ivec exponent = (ivec)shifted << 23;  // the low bits of `shifted` hold n
+  return given < broadcast(-87.f) ? broadcast(0.f) : (vec)((ivec)p + exponent);
+#endif
+}
 
 /// A bfloat16 number as a float, and the nearest bfloat16 of a float (ties to even; NaN stays NaN).
 INLINE float to_float(bf16 x) {
