@@ -38,8 +38,8 @@ class CachedDecoder(nn.Cell):
             self.angles = RotaryAngles(spec.rope, spec.head_dim, cache_length)
         else:
             self.alibi = AlibiBias(spec.num_heads)
-        self.mask = core_ops.CacheMask(spec.head_dim, bias=self.alibi is not None)
-        self.attention = core_ops.CachedAttention(spec.head_dim, bias=self.alibi is not None)
+        self.mask = core_ops.CacheMask(spec.head_dim)
+        self.attention = core_ops.CachedAttention(spec.head_dim)
         self.update = ops.ScatterUpdate(use_locking=False)
 
     def _cache(self, what: str, layers: int) -> ParameterTuple:

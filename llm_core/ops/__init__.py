@@ -18,7 +18,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from llm_core import runtime
+from llm_core import kernels, runtime
 from llm_core.ops.reference.dropout import Dropout, DropoutMask, dropout_key
 
 OPERATORS = (
@@ -72,7 +72,11 @@ def _choose() -> Backend:
     device = ms.get_context("device_target")
     if device != "CPU":
         return _backend("reference", f"there are no kernels of ours for {device}")
-    return _backend("reference", "no kernels yet")
+    try:
+        library = kernels.library()
+    except kernels.KernelsUnavailable as error:
+        return _backend("reference", str(error))
+    return _backend("cpu", f"{library.isa}, {library.threads()} threads")
 
 
 def _backend(name: str, reason: str) -> Backend:

@@ -82,7 +82,7 @@ def test_swiglu(core_ops):
 def test_rope_turns_pairs(core_ops):
     from mindspore import nn, ops
 
-    angles = RANDOM.uniform(-3, 3, (6, 1, 4))
+    angles = RANDOM.uniform(-3, 3, (1, 6, 1, 4))
     cos = np.concatenate([np.cos(angles)] * 2, -1).astype(np.float32)
     sin = np.concatenate([-np.sin(angles), np.sin(angles)], -1).astype(np.float32)
 

@@ -138,10 +138,10 @@ class CacheMask(nn.Cell):
 
     `columns` int32 [S] are the cache columns of the new tokens; a token sees the columns up to its own, from
     its row's first real one, kv_start int32 [B]. `bias` fp32 [B, heads, T] is added to the scores before they are
-    scaled by 1 / sqrt(head_dim); the constructor's bias says whether there will be one.
+    scaled by 1 / sqrt(head_dim).
     """
 
-    def __init__(self, head_dim: int, bias: bool = False):
+    def __init__(self, head_dim: int):
         super().__init__(auto_prefix=False)
         self.scale = head_dim**-0.5
 
@@ -159,7 +159,7 @@ class CachedAttention(nn.Cell):
     fp32 [B, S, H, D]. For inference: no gradient is meant to go through it.
     """
 
-    def __init__(self, head_dim: int, bias: bool = False):
+    def __init__(self, head_dim: int):
         super().__init__(auto_prefix=False)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,27 @@
+"""The C++ kernels of llm_core/kernels as MindSpore's operators: the names and calls of llm_core/ops/reference."""
+
+from __future__ import annotations
+
+from llm_core.ops.cpu.attention import Attention, AttentionMask, CachedAttention, CacheMask
+from llm_core.ops.cpu.elementwise import Gelu, LayerNorm, RmsNorm, Rope, SwiGlu
+from llm_core.ops.cpu.linear import EmbeddingLookup, LinearProduct
+from llm_core.ops.cpu.loss import LinearNll, TokenNll
+from llm_core.ops.cpu.optimizer import AdamUpdate, SquaredNorm
+
+__all__ = [
+    "AdamUpdate",
+    "Attention",
+    "AttentionMask",
+    "CacheMask",
+    "CachedAttention",
+    "EmbeddingLookup",
+    "Gelu",
+    "LayerNorm",
+    "LinearNll",
+    "LinearProduct",
+    "RmsNorm",
+    "Rope",
+    "SquaredNorm",
+    "SwiGlu",
+    "TokenNll",
+]
