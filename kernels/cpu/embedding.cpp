@@ -27,7 +27,8 @@ KERNEL(embedding_backward) {
   for (int64_t thread = 0; thread < threads; ++thread) {
     const int64_t begin = lines * thread / threads * kLine;
     const int64_t end = std::min(width, lines * (thread + 1) / threads * kLine);
-    for (int64_t row = 0; row < vocabulary; ++row) std::fill(table + row * width + begin, table + row * width + end, 0.f);
+    for (int64_t row = 0; row < vocabulary; ++row)
+      std::fill(table + row * width + begin, table + row * width + end, 0.f);
     for (int64_t i = 0; i < count; ++i) {
       float* sum = table + ids[i] * width;
       const float* row = dy + i * width;
