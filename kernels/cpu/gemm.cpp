@@ -1,6 +1,6 @@
 // Matrix products: both operands are packed in blocks that stay in the caches, and tiles of C are computed from them.
 //
-// The order in which a number of C is summed follows from k alone: within a run of kRun words in registers from zero,
+// The order in which a number of C is summed follows from k alone: within a run of words in registers from zero,
 // and the runs' sums one after the other. So neither blocks nor threads change a bit.
 #include "gemm.h"
 
@@ -12,19 +12,18 @@
 namespace run_llm {
 namespace {
 
-constexpr int kRows = 6;                             // the tile of C in registers: kRows x kPanel
+constexpr int kRows = 6;                      // the tile of C in registers: kRows x kPanel
 constexpr int kVecs = kLanes == 16 ? 4 : 2;
 constexpr int kPanel = kVecs * kLanes;
-constexpr int64_t kRun = 144;                        // words of k at a time: a panel of B of 36 KB stays in L1
-constexpr int64_t kTaskRows = 32 * kRows;            // what one task computes: kTaskRows x kTaskPanels panels of C
+constexpr int64_t kMostRun = 384;             // words of k between two sums into C
+constexpr int64_t kTaskRows = 16 * kRows;     // what one task computes: kTaskRows x kTaskPanels panels of C
 constexpr int64_t kTaskPanels = 4;
-// A block of packed operands, to lie in L2 and L3.
-constexpr int64_t kBlockRows = 6 * kTaskRows;
+constexpr int64_t kBlockRows = 6 * kTaskRows; // a block of packed operands: A's in L2, B's in L3
 constexpr int64_t kBlockPanels = 32;
-constexpr int64_t kBlockWords = 8 * kRun;
-constexpr int64_t kPackLines = 64;                   // rows of A that are packed at a time
-constexpr int64_t kFewRows = 8;                      // up to here reading B is what costs
-constexpr double kParallelWork = 1 << 20;            // multiplications that are worth a parallel region
+constexpr int64_t kBlockWords = 1152;
+constexpr int64_t kPackLines = 64;            // rows of A that are packed at a time
+constexpr int64_t kFewRows = 8;               // up to here reading B is what costs
+constexpr double kParallelWork = 1 << 20;     // multiplications that are worth a parallel region
 
 constexpr int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 constexpr int64_t whole(int64_t size, int64_t part) { return parts(size, part) * part; }
@@ -80,8 +79,9 @@ template <class T>
 void compute(const Block<T>& block, int64_t row_task, int64_t panel_task) {
   const int64_t row_end = std::min(block.rows, (row_task + 1) * kTaskRows);
   const int64_t panel_end = std::min(parts(block.columns, kPanel), (panel_task + 1) * kTaskPanels);
-  for (int64_t word = 0; word < block.words; word += kRun) {
-    const int64_t words = std::min(kRun, block.words - word);
+  const int64_t run = parts(block.words, parts(block.words, kMostRun));  // all but equally long
+  for (int64_t word = 0; word < block.words; word += run) {
+    const int64_t words = std::min(run, block.words - word);
     for (int64_t panel = panel_task * kTaskPanels; panel < panel_end; ++panel) {
       const typename T::word* right = block.right + (panel * block.right_words + word) * kPanel;
       const int64_t column = panel * kPanel;
