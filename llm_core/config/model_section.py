@@ -167,11 +167,13 @@ class FalconConfig(DecoderConfig):
     tie_word_embeddings: bool = key(True, "The head is the embedding table.")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "FalconConfig":
+    def _values_fit(self) -> "FalconConfig":
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.alibi and self.extend_method != "None":
+            raise ValueError(f"alibi has no rotary positions that extend_method {self.extend_method} could scale")
         return self
 
 

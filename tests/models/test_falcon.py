@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import falcon_cases
@@ -71,6 +72,25 @@ def test_cached_equals_uncached():
     chosen = ours.net(Tensor(tokens)).asnumpy().argmax(-1)
     for row, length in enumerate(PROMPT - KV_START):
         np.testing.assert_array_equal(ours.greedy[row], chosen[row, length - 1 : length - 1 + NEW_TOKENS])
+
+
+def test_hidden_dropout_applies_to_the_sum_of_parallel_branches():
+    from mindspore import Tensor
+
+    from llm_core import ops as core_ops
+    from llm_core.models.decoder import Block
+    from llm_core.models.layers import Linear
+
+    rate, layer, key = 0.25, 3, Tensor(core_ops.dropout_key(seed=1, step=2))
+    spec = replace(falcon_cases.spec_of("7b_alibi"), hidden_dropout=rate)
+    block = Block(layer, spec, Linear, seed=0)
+    x = np.random.RandomState(1).standard_normal((2 * 5, spec.hidden_size)).astype(np.float32)
+    mask = core_ops.AttentionMask(spec.num_heads, spec.head_dim)(2, 5, 5)
+    whole = block(Tensor(x), None, mask, None, 2).asnumpy() - x
+    dropped = block(Tensor(x), None, mask, key, 2).asnumpy() - x
+    keep = core_ops.DropoutMask(rate, 3 * layer + 2)(key, *x.shape).asnumpy()
+    assert 0.1 < (keep == 0).mean() < 0.4
+    np.testing.assert_allclose(dropped, whole * keep, atol=1e-6)
 
 
 def test_alibi_slopes():

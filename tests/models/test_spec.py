@@ -71,6 +71,9 @@ def test_falcon_choices():
     small = dict(hidden_size=2048, num_layers=24, num_heads=32, vocab_size=50304, alibi=True, bias=True)
     rw = spec_from_config(model_section("FalconForCausalLM", **small, parallel_attn=False, multi_query=False))
     assert (rw.residual, rw.position, rw.num_kv_heads, rw.mlp_bias) == ("sequential", "alibi", 32, True)
+    assert rw.num_parameters == 1311625216  # the published tiiuae/falcon-rw-1b
+    with pytest.raises(ValueError, match="extend_method PI"):
+        model_section("FalconForCausalLM", alibi=True, extend_method="PI", scaling_factor=2.0)
 
 
 def test_parameters_of_the_built_model():
