@@ -80,10 +80,9 @@ inline Limits limits_of(const Visibility& seen, int64_t queries) {
   return all;
 }
 
-/// Keys of a block that at least one of the queries sees, in whole vectors; `whole`: all of them see all of it.
+/// Keys of a block that at least one of the queries sees, in whole vectors.
 struct Span {
   int64_t begin, end;
-  bool whole;
   bool empty() const { return begin >= end; }
 };
 
@@ -94,11 +93,13 @@ inline Span span_of(const Limits& all, int32_t prefix, int64_t first, int64_t la
     end = std::max(begin < end ? end : first, std::min<int64_t>(last, prefix));
     begin = first;
   }
-  if (begin >= end) return {first, first, true};
-  begin = first + (begin - first) / kLanes * kLanes;
-  end = first + round_up(end - first, kLanes);
-  const bool whole = (begin >= all.most_begin && end <= all.least_end) || end <= prefix;
-  return {begin, end, whole};
+  if (begin >= end) return {first, first};
+  return {first + (begin - first) / kLanes * kLanes, first + round_up(end - first, kLanes)};
+}
+
+/// Whether all of the queries see all of the keys [begin, end).
+inline bool all_see(const Limits& all, int32_t prefix, int64_t begin, int64_t end) {
+  return (begin >= all.most_begin && end <= all.least_end) || end <= prefix;
 }
 
 /// `score` of keys first .. first + kLanes - 1, replaced by kHidden where query number `row` does not see them.
@@ -194,6 +195,13 @@ INLINE void transpose(ivec (&x)[kLanes]) {
   }
 }
 
+/// Ask for `count` numbers at p. Rows of a head lie far apart, where the processor's own prefetching does not see them.
+template <class S>
+INLINE void prefetch(const S* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(p + i);
+}
+constexpr int64_t kRowsAhead = 16;
+
 template <class T>
 constexpr int64_t steps_of(int64_t dim) {
   return (dim + T::kPack - 1) / T::kPack;
@@ -207,9 +215,11 @@ INLINE void write_words(typename T::word* p, typename T::vector x) {
 template <class T, class S>
 void copy_rows(const Rows<S>& rows, int64_t count, int64_t dim, typename T::word* out) {
   const int64_t stride = round_up(steps_of<T>(dim), kLanes);
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kRowsAhead < count) prefetch(rows[i + kRowsAhead], dim);
     for (int64_t c = 0; c < stride; c += kLanes)
       write_words<T>(out + i * stride + c, words_along<T>(rows[i] + c * T::kPack, dim - c * T::kPack));
+  }
   const int64_t padding = round_up(count, kRows) - count;
   std::fill_n(out + count * stride, padding * stride, typename T::word{});
 }
@@ -221,6 +231,8 @@ void stack_rows(const Rows<S>& rows, int64_t count, int64_t padded, int64_t dim,
   int64_t i = 0;
   for (; i < count; i += T::kPack) {
     const S* next = i + 1 < count ? rows[i + 1] : nullptr;
+    for (int64_t ahead = i + kRowsAhead; ahead < std::min(i + kRowsAhead + T::kPack, count); ++ahead)
+      prefetch(rows[ahead], dim);
     for (int64_t c = 0; c < width; c += kLanes, out += kLanes)
       write_words<T>(out, words_across<T>(rows[i] + c, next ? next + c : nullptr, dim - c));
   }
@@ -233,6 +245,7 @@ void pack_panels(const Rows<S>& rows, int64_t count, int64_t dim, typename T::wo
   const int64_t steps = steps_of<T>(dim);
   for (int64_t first = 0; first < count; first += kLanes) {
     typename T::word* panel = out + first / kPanel * kPanel * steps + first % kPanel;
+    for (int64_t ahead = first + kLanes; ahead < std::min(first + 2 * kLanes, count); ++ahead) prefetch(rows[ahead], dim);
     for (int64_t c = 0; c < steps; c += kLanes) {
       ivec block[kLanes];
       for (int i = 0; i < kLanes; ++i)

@@ -125,15 +125,16 @@ struct Backward {
   /// One tile of P and dS, and what it adds to dV, dK and dQ. Keys are counted from the chunk's first one.
   void tile(State& s, const Visibility& seen, int64_t queries, int64_t first_key, int64_t key, int64_t key_end,
             const float* lse, const float* delta, float* dq) const {
-    Span spans[kQueryTile / kRows];   // keys that each six queries see, counted from the chunk's first
+    Limits limits[kQueryTile / kRows];  // of each six queries
+    Span spans[kQueryTile / kRows];     // keys that they see, counted from the chunk's first
     int64_t from[kKeyGroups], to[kKeyGroups];  // queries that see any of each six keys
     std::fill_n(from, kKeyGroups, int64_t{kQueryTile});
     std::fill_n(to, kKeyGroups, int64_t{0});
     const int64_t row_groups = (queries + kRows - 1) / kRows;
     for (int64_t g = 0; g < row_groups; ++g) {
       const int64_t row = g * kRows;
-      const Limits all = limits_of(seen.from(row), std::min<int64_t>(kRows, queries - row));
-      spans[g] = span_of(all, seen.prefix, first_key + key, first_key + key_end);
+      limits[g] = limits_of(seen.from(row), std::min<int64_t>(kRows, queries - row));
+      spans[g] = span_of(limits[g], seen.prefix, first_key + key, first_key + key_end);
       spans[g].begin -= first_key;
       spans[g].end -= first_key;
       if (spans[g].empty()) continue;
@@ -145,7 +146,7 @@ struct Backward {
     const int64_t first_group = std::find_if(spans, spans + row_groups, [](const Span& x) { return !x.empty(); }) - spans;
     for (int64_t panel = key; panel < key_end; panel += kPanel) {
       for (int64_t g = first_group; g < row_groups; ++g)
-        panel_of(s, seen, g * kRows, queries, first_key, key, panel, spans[g], lse, delta);
+        panel_of(s, seen, g * kRows, queries, first_key, key, panel, spans[g], limits[g], lse, delta);
     }
     // Each six keys: dV += P^T dO and dK += dS^T Q over the queries that see them.
     for (int64_t c = 0; c < kKeyGroups; ++c) {
@@ -172,12 +173,13 @@ struct Backward {
 
   /// Six queries against one panel of keys: their part of P and dS; zeros where none of the six sees a key.
   void panel_of(State& s, const Visibility& seen, int64_t row, int64_t queries, int64_t first_key, int64_t key,
-                int64_t panel, const Span& span, const float* lse, const float* delta) const {
+                int64_t panel, const Span& span, const Limits& all, const float* lse, const float* delta) const {
     const int64_t begin = std::clamp(span.begin, panel, panel + kPanel), end = std::clamp(span.end, begin, panel + kPanel);
     for (int64_t j = panel; j < panel + kPanel; j += kLanes)
       if (j < begin || j >= end) write_zeros(s, row, j - key);
     if (begin >= end) return;
-    Part part{row, begin - key, first_key + begin, span.whole ? 0 : kRows, &seen, {}, {}};
+    const bool unmasked = all_see(all, seen.prefix, first_key + begin, first_key + end);
+    Part part{row, begin - key, first_key + begin, unmasked ? 0 : kRows, &seen, {}, {}};
     for (int r = 0; r < kRows; ++r) {
       const bool real = row + r < queries;
       part.lse[r] = real ? lse[row + r] : -kHidden;  // the weights of a padding row are 0

@@ -112,6 +112,34 @@ INLINE ivec lane_numbers() {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
+/// 2^x for x <= 127, to 8e-8 of the rounded x: x = n + f with |f| <= 1/2, a polynomial of degree 5 for 2^f, and n added
+/// to the exponent. Cheaper than exp; below 2^-126 the result may be 0, below 2^-150 it is.
+INLINE vec exp2(vec x) {
+#if defined(__AVX512F__)
+  const vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vec f = x - n;
+#else
+  const vec shifter = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vec given = x;
+  x = max(broadcast(-127.f), x);  // in this order a NaN stays one
+  const vec shifted = x + shifter;
+  const vec f = x - (shifted - shifter);
+#endif
+  // The coefficients are the minimax fit (relative error) of 2^f.
+  vec p = broadcast(1.32764720e-03f);
+  p = p * f + broadcast(9.67554135e-03f);
+  p = p * f + broadcast(5.55071327e-02f);
+  p = p * f + broadcast(2.40221197e-01f);
+  p = p * f + broadcast(6.93146967e-01f);
+  p = p * f + broadcast(1.00000007e+00f);
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const ivec exponent = (ivec)shifted << 23;  // the low bits of `shifted` hold n
+  return given < broadcast(-126.f) ? broadcast(0.f) : (vec)((ivec)p + exponent);
+#endif
+}
+
 /// e^x for x <= 88, to 1e-7 relative: x = n ln 2 + f with |f| <= ln 2 / 2, a polynomial of degree 5 for e^f, and n added
 /// to the exponent. Below e^-87 the result may be 0, below e^-103 it is.
 INLINE vec exp(vec x) {
