@@ -29,7 +29,8 @@ constexpr const char* dtype_name<bf16>() { return "bfloat16"; }
 
 void* Args::take(const char* name, const char* dtype, const char* shape) {
   const std::string where = std::string(kernel_) + ": " + name + ": ";
-  if (next_ >= count_) throw std::invalid_argument(where + "missing; got only " + std::to_string(count_) + " arguments");
+  if (next_ >= count_)
+    throw std::invalid_argument(where + "missing; got only " + std::to_string(count_) + " arguments");
   const int rank = ndims_[next_];
   const int64_t* sizes = shapes_[next_];
   bool fits = std::strcmp(dtypes_[next_], dtype) == 0;
@@ -47,7 +48,8 @@ void* Args::take(const char* name, const char* dtype, const char* shape) {
       for (int i = 0; i < named_; ++i)
         if (token == dims_[i].name) size = dims_[i].size;
     }
-    wanted += (position ? ", " : "") + token + (size >= 0 && token != std::to_string(size) ? "=" + std::to_string(size) : "");
+    wanted += (position ? ", " : "") + token;
+    if (size >= 0 && token != std::to_string(size)) wanted += "=" + std::to_string(size);
     if (position < rank) {
       if (size < 0 && named_ < kMostDims) {
         std::snprintf(dims_[named_].name, sizeof dims_[named_].name, "%s", token.c_str());

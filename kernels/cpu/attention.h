@@ -165,7 +165,7 @@ INLINE __m512i pair_words(vec low, vec high) {
 }
 #endif
 
-/// kLanes words across two rows: word i is (p[i], q[i]); the first `count` exist. q, which only pairs read, may be null.
+/// kLanes words across two rows: word i is (p[i], q[i]); the first `count` exist. Only pairs read q; it may be null.
 template <class T, class S>
 INLINE typename T::vector words_across(const S* p, [[maybe_unused]] const S* q, int64_t count) {
   if constexpr (T::kPack == 1) {
@@ -245,11 +245,13 @@ void pack_panels(const Rows<S>& rows, int64_t count, int64_t dim, typename T::wo
   const int64_t steps = steps_of<T>(dim);
   for (int64_t first = 0; first < count; first += kLanes) {
     typename T::word* panel = out + first / kPanel * kPanel * steps + first % kPanel;
-    for (int64_t ahead = first + kLanes; ahead < std::min(first + 2 * kLanes, count); ++ahead) prefetch(rows[ahead], dim);
+    for (int64_t i = first + kLanes; i < std::min(first + 2 * kLanes, count); ++i) prefetch(rows[i], dim);
     for (int64_t c = 0; c < steps; c += kLanes) {
       ivec block[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        block[i] = first + i < count ? (ivec)words_along<T>(rows[first + i] + c * T::kPack, dim - c * T::kPack) : ivec{};
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = ivec{};
+        if (first + i < count) block[i] = (ivec)words_along<T>(rows[first + i] + c * T::kPack, dim - c * T::kPack);
+      }
       transpose(block);
       for (int i = 0; i < kLanes && c + i < steps; ++i)
         write_words<T>(panel + (c + i) * kPanel, (typename T::vector)block[i]);

@@ -6,8 +6,8 @@
 //     dV = P^T dO      dS = P (dP - delta)      dQ = c dS K      dK = c dS^T Q
 //
 // A unit of work is a (batch, key/value head, chunk of keys): it owns its rows of dK and dV, over all the query heads
-// of the group. Its share of dQ goes to a buffer of its own, and the shares of a head's chunks are added in order at the
-// end, so the result does not depend on who computed what. The number of chunks follows from the shapes alone.
+// of the group. Its share of dQ goes to a buffer of its own, and the shares of a head's chunks are added in order at
+// the end, so the result does not depend on who computed what. The number of chunks follows from the shapes alone.
 #include <omp.h>
 
 #include <utility>
@@ -143,7 +143,8 @@ struct Backward {
         to[c] = std::max(to[c], row + kRows);
       }
     }
-    const int64_t first_group = std::find_if(spans, spans + row_groups, [](const Span& x) { return !x.empty(); }) - spans;
+    int64_t first_group = 0;
+    while (first_group < row_groups && spans[first_group].empty()) ++first_group;
     for (int64_t panel = key; panel < key_end; panel += kPanel) {
       for (int64_t g = first_group; g < row_groups; ++g)
         panel_of(s, seen, g * kRows, queries, first_key, key, panel, spans[g], limits[g], lse, delta);
@@ -174,7 +175,8 @@ struct Backward {
   /// Six queries against one panel of keys: their part of P and dS; zeros where none of the six sees a key.
   void panel_of(State& s, const Visibility& seen, int64_t row, int64_t queries, int64_t first_key, int64_t key,
                 int64_t panel, const Span& span, const Limits& all, const float* lse, const float* delta) const {
-    const int64_t begin = std::clamp(span.begin, panel, panel + kPanel), end = std::clamp(span.end, begin, panel + kPanel);
+    const int64_t begin = std::clamp(span.begin, panel, panel + kPanel);
+    const int64_t end = std::clamp(span.end, begin, panel + kPanel);
     for (int64_t j = panel; j < panel + kPanel; j += kLanes)
       if (j < begin || j >= end) write_zeros(s, row, j - key);
     if (begin >= end) return;
@@ -208,7 +210,8 @@ struct Backward {
   void scores(State& s, const Part& part, int64_t offset) const {
     vec c[kRows][VECS];
     clear(c);
-    accumulate<T, kRows, VECS>(c, s.query_rows + part.row * row_words, row_words, 1, s.key_panels + offset, kPanel, steps);
+    accumulate<T, kRows, VECS>(c, s.query_rows + part.row * row_words, row_words, 1, s.key_panels + offset, kPanel,
+                               steps);
     const vec factor = broadcast(scale);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
@@ -220,7 +223,8 @@ struct Backward {
         store(s.scores + r * kPanel + v * kLanes, exp(score * factor - broadcast(part.lse[r])));
       }
     clear(c);
-    accumulate<T, kRows, VECS>(c, s.dout_rows + part.row * row_words, row_words, 1, s.value_panels + offset, kPanel, steps);
+    accumulate<T, kRows, VECS>(c, s.dout_rows + part.row * row_words, row_words, 1, s.value_panels + offset, kPanel,
+                               steps);
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) {
       vec p[kRows], ds[kRows];

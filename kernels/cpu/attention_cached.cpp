@@ -138,7 +138,8 @@ void few_tokens(const CachedCall& cached) {
     for (int64_t item = 0; item < rows * pieces; ++item) {
       const int64_t row = item / (pieces * call.queries) * call.queries + item % call.queries;
       const int64_t number = item / call.queries % pieces;
-      const int64_t token = row % call.queries, h = row / call.queries % call.heads, b = row / call.queries / call.heads;
+      const int64_t token = row % call.queries, h = row / call.queries % call.heads;
+      const int64_t b = row / call.queries / call.heads;
       const int64_t begin = std::max(number * kPiece, cached.begin(b));
       const int64_t end = std::min((number + 1) * kPiece, cached.end(token));
       float* part = parts + (row * pieces + number) * part_size;

@@ -140,13 +140,14 @@ INLINE vec exp2(vec x) {
 #endif
 }
 
-/// e^x for x <= 88, to 1e-7 relative: x = n ln 2 + f with |f| <= ln 2 / 2, a polynomial of degree 5 for e^f, and n added
-/// to the exponent. Below e^-87 the result may be 0, below e^-103 it is.
+/// e^x for x <= 88, to 1e-7 relative: x = n ln 2 + f with |f| <= ln 2 / 2, a polynomial of degree 5 for e^f, and n
+/// added to the exponent. Below e^-87 the result may be 0, below e^-103 it is.
 INLINE vec exp(vec x) {
   const vec least = broadcast(-104.f);
 #if defined(__AVX512F__)
   x = max(least, x);  // in this order a NaN stays one
-  const vec n = (vec)_mm512_roundscale_ps((__m512)(x * broadcast(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vec turns = x * broadcast(kLog2e);
+  const vec n = (vec)_mm512_roundscale_ps((__m512)turns, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const vec shifter = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const vec given = x;
