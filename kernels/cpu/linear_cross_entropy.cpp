@@ -14,7 +14,7 @@ using namespace run_llm;
 
 namespace {
 
-constexpr int64_t kVocabularyBlock = 1024;
+constexpr int64_t kVocabularyBlock = 8192;
 
 struct Problem {
   const float* x;
@@ -103,8 +103,9 @@ class Chunk {
 
 /// Rows whose logits are held at once. A chunk reads W twice and dweight once and writes dweight, and its logits move
 /// about as often: with width / 2 rows neither is much more than the other, and the logits take half of W's memory.
+/// With fewer than 256 the products themselves become slower.
 int64_t chunk_rows(const Problem& problem) {
-  const int64_t wanted = std::clamp<int64_t>(problem.width / 2, 192, 1024);
+  const int64_t wanted = std::clamp<int64_t>(problem.width / 2, 256, 1024);
   const int64_t supervised = static_cast<int64_t>(problem.supervised.size());
   const int64_t chunks = std::max<int64_t>(1, (supervised + wanted - 1) / wanted);
   return (supervised + chunks - 1) / chunks;  // of equal size
