@@ -18,7 +18,7 @@ constexpr int kPanel = kVecs * kLanes;
 constexpr int64_t kMostRun = 384;             // words of k between two sums into C
 constexpr int64_t kTaskRows = 16 * kRows;     // what one task computes: kTaskRows x kTaskPanels panels of C
 constexpr int64_t kTaskPanels = 4;
-constexpr int64_t kBlockRows = 6 * kTaskRows; // a block of packed operands: A's in L2, B's in L3
+constexpr int64_t kBlockRows = 96 * kRows;    // a block of packed operands: A's in L2, B's in L3
 constexpr int64_t kBlockPanels = 32;
 constexpr int64_t kBlockWords = 1152;
 constexpr int64_t kPackLines = 64;            // rows of A that are packed at a time
@@ -98,7 +98,7 @@ void gemm_blocked(const Operand& a, const Operand& b, float* c, int64_t ldc, boo
   using word_type = typename T::word;
   const int64_t all_words = parts(a.depth, T::kPack);
   const int64_t most_words = whole(std::min(all_words, kBlockWords), kLanes);
-  const int64_t most_rows = whole(std::min(a.lines, kBlockRows), kRows);
+  const int64_t most_rows = whole(parts(a.lines, parts(a.lines, kBlockRows)), kRows);
   const int64_t most_panels = std::min(parts(b.lines, kPanel), kBlockPanels);
   const int64_t stride = left_stride(most_words);
   word_type* left = scratch<word_type>(kScratchGemmLeft, whole(most_rows, kPackLines) * stride);
@@ -115,8 +115,8 @@ void gemm_blocked(const Operand& a, const Operand& b, float* c, int64_t ldc, boo
       for (int64_t panel = 0; panel < parts(columns, kPanel); ++panel)
         pack_right<T>(b, column + panel * kPanel, kPanel, word * T::kPack, squares, right + panel * most_words * kPanel,
                       kPanel);
-      for (int64_t row = 0; row < a.lines; row += kBlockRows) {
-        const int64_t rows = std::min(kBlockRows, a.lines - row);
+      for (int64_t row = 0; row < a.lines; row += most_rows) {
+        const int64_t rows = std::min(most_rows, a.lines - row);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < whole(rows, kRows); i += kPackLines)
           pack_left<T>(a, row + i, kPackLines, word * T::kPack, squares, left + i * stride, stride);
