@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import hashlib
 import json
 import os
@@ -260,6 +261,14 @@ class Compiled:
         if shapes in self._seen:
             return self.cell(*args)
         with compile_cache(cell=type(self.cell).__name__, shapes=shapes, training=self.cell.training, **self.key):
-            result = self.cell(*args)
+            self.cell.compile(*args)
+        _return_free_memory()
         self._seen.add(shapes)
-        return result
+        return self.cell(*args)
+
+
+def _return_free_memory() -> None:
+    """Give what compiling has freed back to the system before the graph's own buffers come on top of it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -84,8 +84,8 @@ def present_device() -> str:
 def map_to_device(config: RunConfig, tree: Node, device: str) -> tuple[RunConfig, list[str]]:
     """The config as `device` can run it, and one line for each kind of value that was changed.
 
-    On a CPU everything is computed in float32 (MindSpore has no bfloat16 products there, and its float16 is slower and
-    overflows) and attention is the reference implementation.
+    On a CPU everything is computed in float32 (MindSpore's float16 is slower there and overflows), except that
+    compute_dtype bfloat16 stays where the kernels have bfloat16 products.
     """
     notes = _notes_on_layout(config)
     context: dict[str, object] = {}
@@ -134,18 +134,23 @@ def _notes_on_types(config: RunConfig) -> list[str]:
 
 def _map_model(config: RunConfig, tree: Node) -> tuple[object, list[str]]:
     section, notes, update = config.model.config, [], {}
-    for narrow in ("float16", "bfloat16"):
+    for narrow, reason in (("float16", "slower on a CPU, and overflows"), ("bfloat16", "this CPU computes in float32")):
         names = [name for name in _DTYPE_KEYS if getattr(section, name) == narrow]
+        if narrow == "bfloat16" and "compute_dtype" in names and _has_bf16_products():
+            names.remove("compute_dtype")
+            reason = "only products are bfloat16 on a CPU"
         update.update(dict.fromkeys(names, "float32"))
         given = [name for name in names if find(tree, f"model.model_config.{name}") is not None]
         if given:
-            notes.append(f"model.model_config {', '.join(given)}: {narrow} -> float32, the only type computed on a CPU")
-    if section.use_flash_attention:
-        update["use_flash_attention"] = False
-        notes.append(
-            _line(tree, "model.model_config.use_flash_attention", "True -> False", "a CPU runs the reference attention")
-        )
+            notes.append(f"model.model_config {', '.join(given)}: {narrow} -> float32: {reason}")
     return config.model.model_copy(update={"config": section.model_copy(update=update)}), notes
+
+
+def _has_bf16_products() -> bool:
+    """Whether the kernels that a run on this CPU would take can multiply bfloat16 numbers."""
+    from llm_core import kernels
+
+    return (os.environ.get("KERNELS") or kernels.available()[0]) == "avx512_bf16"
 
 
 def _line(tree: Node, path: str, change: str, reason: str) -> str:

@@ -45,7 +45,7 @@ def load_for_inference(
         runtime.start(config)
 
     from llm_core.checkpoint.weights import load_into, open_weights
-    from llm_core.models.decoder import CausalLM
+    from llm_core.models.decoder import CausalLM, describe_operators
 
     weights = open_weights(config.load_checkpoint)
     try:
@@ -55,6 +55,7 @@ def load_for_inference(
     finally:
         weights.close()
     net.set_train(False)
+    console.info(describe_operators(spec))
     console.info(f"{config.load_checkpoint}: {report.line()}; the model has {spec.num_parameters:,} parameters")
     return net, spec, tokenizer
 

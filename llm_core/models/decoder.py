@@ -7,6 +7,7 @@ MindFormers' names, written out in full: wrap the model only in Cells made with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -38,7 +39,7 @@ class SelfAttention(nn.Cell):
             self.wv = linear(f"{name}.wv", h, spec.kv_size, spec.qkv_bias, std, seed)
         self.wo = linear(f"{name}.wo", spec.q_size, h, spec.output_bias, std, seed)
         self.rope = core_ops.Rope() if spec.position == "rope" else None
-        self.attention = core_ops.Attention(spec.head_dim, bool(spec.attention_dropout))
+        self.attention = core_ops.Attention(spec.head_dim, bool(spec.attention_dropout), spec.bf16)
         self.drop = core_ops.DropoutMask(spec.attention_dropout, 3 * layer) if spec.attention_dropout else None
 
     def qkv(self, x: Tensor, angles: tuple | None, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,21 +171,28 @@ class Decoder(nn.Cell):
         return self.norm_out(x)
 
 
+def describe_operators(spec: DecoderSpec) -> str:
+    """One line for a run's log: which operators this model runs on, and why."""
+    return core_ops.describe(head_dim=spec.head_dim, attention_dropout=spec.attention_dropout, bf16=spec.bf16)
+
+
 class CausalLM(nn.Cell):
     """The decoder with its head: tokens int32 [B, S] -> logits fp32 [B, S, V].
 
-    `linear` makes the linear layers by name; `seed` None leaves the weights zero, for a model about to be loaded.
+    `linear` makes the linear layers by name, by default `Linear`; `seed` None leaves the weights zero, for a model
+    about to be loaded.
     """
 
-    def __init__(self, spec: DecoderSpec, linear: LinearFactory = Linear, seed: int | None = 0):
+    def __init__(self, spec: DecoderSpec, linear: LinearFactory | None = None, seed: int | None = 0):
         super().__init__(auto_prefix=False)
+        linear = linear or partial(Linear, bf16=spec.bf16)
         self.spec = spec
         self.model = Decoder(spec, linear, seed)
         self.lm_head = None
         if not spec.tied_head:
             std = spec.initializer_range
             self.lm_head = linear("lm_head", spec.hidden_size, spec.vocab_size, False, std, seed)
-        self.tied_product = core_ops.LinearProduct()
+        self.tied_product = core_ops.LinearProduct(spec.bf16)
 
     def head_is_plain(self) -> bool:
         """Whether the head is a product with one matrix and nothing else, so that a loss may work on the matrix."""

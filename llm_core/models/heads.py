@@ -19,7 +19,7 @@ class TokenLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.net = net
         self.fused = net.head_is_plain()
-        self.nll = core_ops.LinearNll() if self.fused else core_ops.TokenNll()
+        self.nll = core_ops.LinearNll(net.spec.bf16) if self.fused else core_ops.TokenNll()
 
     def construct(self, tokens: Tensor, labels: Tensor, dropout_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden, labels = self.net.model(tokens, dropout_key), labels.reshape(-1)

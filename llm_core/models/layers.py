@@ -25,14 +25,19 @@ def initial_normal(name: str, shape: tuple[int, ...], std: float, seed: int | No
 
 
 class Linear(nn.Cell):
-    """y = x weight^T (+ bias): x fp32 [N, in] -> fp32 [N, out]; `<name>.weight` [out, in], `<name>.bias` [out]."""
+    """y = x weight^T (+ bias): x fp32 [N, in] -> fp32 [N, out]; `<name>.weight` [out, in], `<name>.bias` [out].
 
-    def __init__(self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None):
+    bf16: the product is of bfloat16-rounded numbers, see `ops.LinearProduct`.
+    """
+
+    def __init__(
+        self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None, bf16: bool = False
+    ):
         super().__init__(auto_prefix=False)
         full_name = f"{name}.weight"
         self.weight = Parameter(initial_normal(full_name, (out_size, in_size), std, seed), name=full_name)
         self.bias = Parameter(Tensor(np.zeros(out_size, np.float32)), name=f"{name}.bias") if bias else None
-        self.product = core_ops.LinearProduct()
+        self.product = core_ops.LinearProduct(bf16)
         self.add_bias = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class DecoderSpec:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of products; all else is float32
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -79,6 +80,11 @@ class DecoderSpec:
                 f"model_config: head_dim {self.head_dim} is odd; rotary positions turn pairs of channels, "
                 "so hidden_size / num_heads (or head_dim) must be even"
             )
+
+    @property
+    def bf16(self) -> bool:
+        """Whether products are of bfloat16 numbers."""
+        return self.compute_dtype == "bfloat16"
 
     @property
     def q_size(self) -> int:
@@ -142,6 +148,7 @@ def spec_from_config(model: Any) -> DecoderSpec:
         hidden_dropout=c.hidden_dropout_rate,
         attention_dropout=c.attention_dropout_rate,
         initializer_range=c.initializer_range,
+        compute_dtype="bfloat16" if c.compute_dtype == "bfloat16" else "float32",
     )
     if model.arch.type == "FalconForCausalLM":
         return DecoderSpec(**common, **_falcon_choices(c))

@@ -83,7 +83,13 @@ def _backend(name: str, reason: str) -> Backend:
     return Backend(name, reason, importlib.import_module(f"llm_core.ops.{name}"))
 
 
-def describe(head_dim: int, dropout: bool) -> str:
-    """One line for a run's log: which operators run and why, for a model with such attention."""
+def describe(*, head_dim: int, attention_dropout: float, bf16: bool) -> str:
+    """One line for a run's log: which operators run and why, for a model with such attention and products."""
     chosen = backend()
-    return f"kernels: {chosen.name} ({chosen.reason})"
+    parts = [f"kernels: {chosen.name} ({chosen.reason})"]
+    if refusal := chosen.operators.attention_refusal(head_dim, attention_dropout > 0):
+        parts.append(f"attention: reference, since {refusal}")
+    if bf16:
+        refusal = chosen.operators.bf16_refusal()
+        parts.append(f"products: float32, since {refusal}" if refusal else "products: bfloat16, sums float32")
+    return "; ".join(parts)

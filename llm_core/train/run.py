@@ -85,7 +85,7 @@ def build(loaded: LoadedConfig) -> Run:
         require_same_run(resumed.state["settings"], settings)
 
     start(config)
-    from llm_core.models.decoder import CausalLM  # these import mindspore, which `start` has to set up first
+    from llm_core.models.decoder import CausalLM, describe_operators  # mindspore, which `start` has to set up first
     from llm_core.models.heads import TokenLoss
     from llm_core.models.recompute import apply_recompute
     from llm_core.train.optim import build_optimizer
@@ -103,6 +103,7 @@ def build(loaded: LoadedConfig) -> Run:
     stepper = Stepper(
         TokenLoss(net), optimizer, seed=config.seed, accumulation=accumulation, max_grad_norm=clip, graph_key=graph_key
     )
+    console.info(describe_operators(spec))
     console.info(
         f"model: {spec.num_parameters:,} parameters, {sum(p.size for p in parameters):,} trainable; "
         f"data: {loader.num_records} records, {steps_per_epoch} steps an epoch, {epochs} epochs"

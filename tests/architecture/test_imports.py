@@ -26,7 +26,8 @@ LEVELS = [
 ]
 LEAVES = {"config", "report", "text", "errors", "runtime", "signals", "disk"}
 # Sideways on one level: training evaluates and shows samples, evaluation generates answers.
-SIDEWAYS = {("train", "evals"), ("train", "infer"), ("evals", "infer")}
+# What can be computed here is the kernels' to say, and decides what a run file's compute_dtype becomes.
+SIDEWAYS = {("train", "evals"), ("train", "infer"), ("evals", "infer"), ("config", "kernels")}
 # Imports its own parts relatively, because it has two names: llm_core.kernels, and kernels for `python -m kernels`.
 RELATIVE = PACKAGE / "kernels"
 ORACLES = {"torch", "transformers", "peft", "mindformers"}

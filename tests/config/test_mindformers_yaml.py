@@ -61,17 +61,28 @@ def test_one_note_lists_all_keys_without_meaning(tmp_path: Path) -> None:
     assert all(loaded.inert.values())
 
 
-def test_ascend_values_are_mapped_on_a_cpu_with_a_line_each(tmp_path: Path) -> None:
+def test_ascend_values_are_mapped_on_a_cpu_with_a_line_each(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KERNELS", "plain")
     loaded = load(tmp_path, changed(PRETRAIN_7B, ('compute_dtype: "float16"', 'compute_dtype: "bfloat16"')))
     config = loaded.config
     assert config.context.device_target == "CPU"
     model = config.model.config
     assert (model.compute_dtype, model.rotary_dtype, model.param_init_type) == ("float32", "float32", "float32")
-    assert model.use_flash_attention is False
-    for part in ("Ascend -> CPU", "float16 -> float32", "compute_dtype: bfloat16 -> float32", "use_flash_attention"):
+    for part in ("Ascend -> CPU", "float16 -> float32", "compute_dtype: bfloat16 -> float32"):
         assert sum(part in note for note in loaded.notes) >= 1, part
     assert sum("context.max_device_memory" in note for note in loaded.notes) == 1
     assert "compute_dtype: bfloat16" in loaded.as_yaml()  # the file that is kept is the one for the cluster
+
+
+def test_bfloat16_products_stay_where_the_kernels_have_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KERNELS", "avx512_bf16")
+    changes = [("compute_dtype", "bfloat16"), ("param_init_type", "bfloat16")]
+    text = changed(PRETRAIN_7B, *((f'{key}: "float16"', f'{key}: "{value}"') for key, value in changes))
+    loaded = load(tmp_path, text)
+    model = loaded.config.model.config
+    assert (model.compute_dtype, model.param_init_type) == ("bfloat16", "float32")
+    assert any("param_init_type: bfloat16 -> float32: only products" in note for note in loaded.notes)
+    assert not any("compute_dtype" in note for note in loaded.notes)
 
 
 def test_a_plain_cpu_file_has_no_mapping_notes(tmp_path: Path) -> None:
@@ -144,11 +155,11 @@ def test_what_only_several_ranks_or_another_device_would_read_is_named() -> None
     assert any(note.startswith("auto_trans_ckpt: for several ranks") for note in loaded.notes)
     assert any("context.runtime_num_threads" in note and "Ascend only" in note for note in loaded.notes)
     _, notes = map_to_device(loaded.config, loaded.tree, "Ascend")
-    assert not any("use_flash_attention" in note for note in notes)  # mapped by the first call
+    assert any("use_flash_attention" in note for note in notes)
     section = loaded.config.model.config.model_copy(update={"compute_dtype": "bfloat16"})
     model = loaded.config.model.model_copy(update={"config": section})
     _, notes = map_to_device(loaded.config.model_copy(update={"model": model}), loaded.tree, "Ascend")
-    assert any("compute_dtype: checked, but the model computes in float32" in note for note in notes)
+    assert any("compute_dtype" in note and "the model computes in float32" in note for note in notes)
 
 
 def test_parallel_speed_up_file_is_checked(tmp_path: Path) -> None:

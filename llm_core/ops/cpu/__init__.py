@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llm_core.ops.cpu.attention import Attention, AttentionMask, CachedAttention, CacheMask
+from llm_core.ops.cpu.attention import Attention, AttentionMask, CachedAttention, CacheMask, attention_refusal
+from llm_core.ops.cpu.custom import bf16_refusal
 from llm_core.ops.cpu.elementwise import Gelu, LayerNorm, RmsNorm, Rope, SwiGlu
 from llm_core.ops.cpu.linear import EmbeddingLookup, LinearProduct
 from llm_core.ops.cpu.loss import LinearNll, TokenNll
@@ -24,4 +25,6 @@ __all__ = [
     "SquaredNorm",
     "SwiGlu",
     "TokenNll",
+    "attention_refusal",
+    "bf16_refusal",
 ]

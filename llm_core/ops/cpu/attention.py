@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from llm_core.ops.cpu.custom import kernel
+from llm_core.ops.cpu.custom import bf16_refusal, kernel
 from llm_core.ops.reference import attention as reference
 
 WIDEST_HEAD = 256
@@ -18,7 +18,7 @@ WIDEST_HEAD = 256
 def attention_refusal(head_dim: int, dropout: bool) -> str:
     """Why the kernels do not take such attention, "" if they do; its Cells are then the reference's."""
     if dropout:
-        return "attention_dropout_rate is set"
+        return "attention_dropout_rate is above 0"
     if head_dim > WIDEST_HEAD:
         return f"head_dim {head_dim} is above {WIDEST_HEAD}"
     return ""
@@ -86,7 +86,7 @@ class _Ranges(nn.Cell):
 class _Attention(nn.Cell):
     def __init__(self, bf16: bool):
         super().__init__(auto_prefix=False)
-        self.core = _FlashAttention("_bf16" if bf16 else "")
+        self.core = _FlashAttention("_bf16" if bf16 and not bf16_refusal() else "")
 
     def construct(
         self, q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor, Tensor, Tensor], keep: Tensor | None = None

@@ -12,6 +12,12 @@ from mindspore import ops
 from llm_core.kernels import library
 
 
+def bf16_refusal() -> str:
+    """Why products of bfloat16 numbers cannot be had, "" if they can; they are then float32's."""
+    isa = library().isa
+    return "" if isa == "avx512_bf16" else f"the {isa} kernels have no others"
+
+
 def kernel(
     name: str, shapes: Callable[..., Any], outputs: int = 1, *, in_place: bool = False, **constants: int
 ) -> ops.Custom:

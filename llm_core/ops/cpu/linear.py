@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
-from llm_core.ops.cpu.custom import kernel
+from llm_core.ops.cpu.custom import bf16_refusal, kernel
 from llm_core.ops.reference import linear as reference
 
 
@@ -14,7 +14,7 @@ def LinearProduct(bf16: bool = False) -> nn.Cell:
     MindSpore's own product is as fast as any in fp32. bf16: products of bfloat16-rounded numbers, summed in fp32, in
     the forward pass and in both gradients.
     """
-    return _Bf16Product() if bf16 else reference.LinearProduct()
+    return _Bf16Product() if bf16 and not bf16_refusal() else reference.LinearProduct()
 
 
 class _Bf16Product(nn.Cell):

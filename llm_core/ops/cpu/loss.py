@@ -5,7 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from llm_core.ops.cpu.custom import kernel
+from llm_core.ops.cpu.custom import bf16_refusal, kernel
 
 
 class TokenNll(nn.Cell):
@@ -47,7 +47,7 @@ class LinearNll(nn.Cell):
 
     def __init__(self, bf16: bool = False):
         super().__init__(auto_prefix=False)
-        suffix = "_bf16" if bf16 else ""
+        suffix = "_bf16" if bf16 and not bf16_refusal() else ""
         self.with_gradients = _LinearNllWithGradients(suffix)
         self.alone = _LinearNll(suffix)
 

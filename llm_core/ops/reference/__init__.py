@@ -24,4 +24,16 @@ __all__ = [
     "SquaredNorm",
     "SwiGlu",
     "TokenNll",
+    "attention_refusal",
+    "bf16_refusal",
 ]
+
+
+def attention_refusal(head_dim: int, dropout: bool) -> str:
+    """Why attention would be another backend's: this one takes all."""
+    return ""
+
+
+def bf16_refusal() -> str:
+    """Why products of bfloat16 numbers cannot be had."""
+    return "MindSpore has no others on a CPU"
