@@ -160,8 +160,8 @@ def compile_library(compiler: Compiler, isa: str, sources: Sources, work: Path, 
         os.utime(kept)
         return kept, log.read_text(encoding="utf-8")
 
-    jobs = int(os.environ.get("MAX_JOBS") or usable_cores())
-    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+    jobs = os.environ.get("MAX_JOBS", "")
+    with ThreadPoolExecutor(max(int(jobs), 1) if jobs.isdecimal() else usable_cores()) as pool:
         waiting = [pool.submit(compiled, unit) for unit in sources.units()]
         try:
             done = [future.result() for future in _progress(waiting)]
