@@ -10,9 +10,9 @@ namespace run_llm {
 /// as [n, k]. T is Fp32 or Bf16 (tile.h): with Bf16 the numbers of A and B are rounded to bfloat16 and their products
 /// summed in fp32.
 ///
-/// Runs on all threads of the caller's OpenMP team-to-be (it opens its own regions), and gives the same bits for
-/// every number of them. Uses the scratch slots kScratchGemmLeft and kScratchGemmRight; throws std::bad_alloc, and
-/// then C is untouched. C must not overlap A or B.
+/// Opens its own OpenMP regions, and gives the same bits for every number of threads. Uses the scratch slots
+/// kScratchGemmLeft and kScratchGemmRight of the calling thread; throws std::bad_alloc, and then C is untouched. C must
+/// not overlap A or B.
 template <class T>
 void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
           int64_t ldb, float* c, int64_t ldc, bool add);
