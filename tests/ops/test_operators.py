@@ -261,3 +261,30 @@ def test_squared_norm(core_ops):
     norm = core_ops.SquaredNorm()(*tensors([x])).asnumpy()
     assert norm.shape == ()
     assert abs(norm - (x.astype(np.float64) ** 2).sum()) <= 1e-6 * norm
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ranges_are_the_visible_keys_of_the_reference(seed):
+    """Random lengths, packings, starts and prefixes: both masks show every query the same keys."""
+    import mindspore as ms
+
+    from llm_core.ops import cpu, reference
+
+    random = np.random.RandomState(seed)
+    batch, q_len, prefix = random.randint(1, 4), random.randint(1, 9), 3 * random.randint(0, 2)
+    k_len = q_len + prefix + random.randint(0, 6)
+    given = {}
+    if seed % 2:
+        given["kv_start"] = random.randint(0, 4, batch)
+    if seed % 3:
+        given["kv_len"] = random.randint(k_len - prefix - 3, k_len - prefix + 1, batch)
+    if seed > 2:  # documents, some empty, not all of the row
+        for name, length in (("cu_seqlens_q", q_len), ("cu_seqlens_k", k_len - prefix)):
+            given[name] = np.sort(random.randint(0, length + 1, (batch, 4)), 1)
+            given[name][:, 0] = 0
+    arguments = {name: ms.Tensor(values.astype(np.int32)) for name, values in given.items()}
+    added = reference.AttentionMask(1, 4, prefix)(batch, q_len, k_len, **arguments).asnumpy()
+    ranges, _, _ = cpu.AttentionMask(1, 4, prefix)(batch, q_len, k_len, **arguments)
+    key = np.arange(k_len)
+    seen = (key >= ranges.asnumpy()[..., :1]) & (key < ranges.asnumpy()[..., 1:]) | (key < prefix)
+    assert np.array_equal(np.broadcast_to(seen, (batch, q_len, k_len)), added.reshape(batch, q_len, k_len) == 0)
