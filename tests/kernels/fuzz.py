@@ -248,6 +248,7 @@ OPERATORS: dict[str, Callable[..., Case]] = {
     "linear_cross_entropy_bf16": linear_cross_entropy(True),
     "linear_cross_entropy_forward": linear_cross_entropy(False),
     "linear_cross_entropy_forward_bf16": linear_cross_entropy(False),
+    "linear_few": gemm(False, True),
     "gemm_bf16_nt": gemm(False, True),
     "gemm_bf16_nn": gemm(False, False),
     "gemm_bf16_tn": gemm(True, False),

@@ -256,6 +256,11 @@ def test_embedding(core_ops, vocab):
     check(core_ops.EmbeddingLookup(vocab), lambda table, ids: table[ids], normal(vocab, 12), constants=(ids,))
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_linear_product(core_ops, rows):
+    check(core_ops.LinearProduct(), lambda x, weight: x @ weight.T, normal(rows, 12), normal(9, 12))
+
+
 def test_squared_norm(core_ops):
     x = normal(37, 11)
     norm = core_ops.SquaredNorm()(*tensors([x])).asnumpy()
