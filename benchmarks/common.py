@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 THREADS = 2
-# The small Llama, 15.7M parameters, that the model benchmarks share.
-SHAPE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2, "ffn": 1024}
 PACKAGES = ("mindspore", "numpy", "torch", "transformers", "sentencepiece", "tokenizers", "safetensors")
 
 
@@ -37,39 +36,6 @@ class Ratio:
     unit: str
     peer: str
     peer_value: float
-
-
-def own_spec(max_position: int) -> Any:
-    """SHAPE as a DecoderSpec."""
-    from llm_core.models.spec import DecoderSpec
-
-    return DecoderSpec(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["hidden_size"],
-        num_layers=SHAPE["num_layers"],
-        num_heads=SHAPE["num_heads"],
-        num_kv_heads=SHAPE["num_kv_heads"],
-        head_dim=SHAPE["hidden_size"] // SHAPE["num_heads"],
-        ffn_size=SHAPE["ffn"],
-        max_position=max_position,
-    )
-
-
-def peer_config(max_position: int, **more: Any) -> Any:
-    """SHAPE as transformers' LlamaConfig; `more` are its own keys."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["hidden_size"],
-        num_hidden_layers=SHAPE["num_layers"],
-        num_attention_heads=SHAPE["num_heads"],
-        num_key_value_heads=SHAPE["num_kv_heads"],
-        intermediate_size=SHAPE["ffn"],
-        max_position_embeddings=max_position,
-        tie_word_embeddings=False,
-        **more,
-    )
 
 
 def result_header() -> dict[str, Any]:
@@ -166,6 +132,11 @@ def write_result(
     }
     path = RESULTS / f"{name}.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(compact(json.dumps(content, indent=1)) + "\n")
     os.replace(part, path)
     return path
+
+
+def compact(text: str) -> str:
+    """Indented JSON with every list of numbers on one line."""
+    return re.sub(r"\[[\s\d.,e+-]*\]", lambda found: " ".join(found[0].split()), text)

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Greedy generation with a 15.7M Llama: new tokens/s against HF transformers' `generate` on torch.
 
-    python benchmarks/decode.py [--repetitions 5]
+    python benchmarks/decode.py [--repetitions 3]
 
 Both sides: 6 layers, 384 wide, 6 heads, 2 key/value heads, ffn 1024, vocabulary 8192, fp32, the same weights and
-prompts, two threads. A call reads prompts of 128 tokens and writes 128 tokens a row (no token ends a text), so the
-time to read the prompts is part of the figure. A repetition is a process of its own: warmed up, then the median of a
-few calls, at batch 1 (decode_b1) and batch 8 (decode_b8). Reported is the median over the repetitions. Both sides
-must write the same tokens.
+prompts, two threads. A call reads prompts and writes 128 tokens a row (no token ends a text), so the time to read the
+prompts is part of the figure. A repetition is a process of its own: warmed up, then the median of a few calls, of
+
+    decode_b1, decode_b8    128 tokens read, at batch 1 and batch 8
+    decode_2048             1920 tokens read, at batch 1 (decode_2048_b1) and batch 8 (decode_2048_b8); the ratio is
+                            the lower of the two
+
+Reported is the median over the repetitions. Both sides must write the same tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +29,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common  # noqa: E402
-from benchmarks.common import SHAPE  # noqa: E402
+from benchmarks.models import MODELS  # noqa: E402
 
-BATCHES = (1, 8)
-PROMPT, NEW = 128, 128
-WARM_CALLS, CALLS = 2, 5
+MODEL = MODELS["llama_16m"]
+NEW = 128
+# figure -> batch, tokens of a prompt, warming calls, calls
+FIGURES = {
+    "decode_b1": (1, 128, 2, 5),
+    "decode_b8": (8, 128, 2, 5),
+    "decode_2048_b1": (1, 1920, 1, 3),
+    "decode_2048_b8": (8, 1920, 1, 3),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--side", choices=("own", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -51,40 +61,40 @@ def main() -> int:
         if result["tokens"] != own[0]["tokens"]:
             raise SystemExit("decode: the two sides did not write the same tokens")
     lines = []
-    for batch in BATCHES:
-        name = f"decode_b{batch}"
+    for name in FIGURES:
         own_rate, peer_rate = (statistics.median(result[name] for result in side) for side in (own, peer))
         lines.append(common.ratio_line(name, own_rate / peer_rate, own_rate, "tokens/s", "hf", peer_rate))
-    settings = {"prompt_tokens": PROMPT, "new_tokens": NEW, "calls": CALLS, "warm_calls": WARM_CALLS, **SHAPE}
+    lowest = min(lines[2:], key=lambda line: line.ratio)
+    lines.append(common.ratio_line("decode_2048", lowest.ratio, lowest.own, "tokens/s", "hf", lowest.peer_value))
+    settings = {"new_tokens": NEW, "batch_prompt_warm_calls": FIGURES, **MODEL.settings()}
     common.write_result("decode", {"own": own, "peer": peer}, lines, settings)
     return 0
 
 
 def measure(generate: Callable[[list[list[int]]], list[list[int]]]) -> dict[str, Any]:
-    """New tokens/s at each batch size, the seconds of every call, and a digest of the tokens."""
+    """New tokens/s of each figure, the seconds of every call, and a digest of the tokens."""
     import hashlib
 
     result: dict[str, Any] = {"tokens": {}, "seconds": {}}
-    for batch in BATCHES:
-        prompts = prompt_ids(batch)
+    for name, (batch, length, warm, calls) in FIGURES.items():
+        prompts = prompt_ids(batch, length)
         times = []
-        for call in range(WARM_CALLS + CALLS):
+        for call in range(warm + calls):
             begin = time.perf_counter()
             answers = generate(prompts)
-            if call >= WARM_CALLS:
+            if call >= warm:
                 times.append(time.perf_counter() - begin)
-        name = f"decode_b{batch}"
         result[name] = batch * NEW / statistics.median(times)
         result["seconds"][name] = [round(seconds, 4) for seconds in times]
         result["tokens"][name] = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
     return result
 
 
-def prompt_ids(batch: int) -> list[list[int]]:
-    """`batch` prompts of PROMPT ids, the same on both sides."""
+def prompt_ids(batch: int, length: int) -> list[list[int]]:
+    """`batch` prompts of `length` ids, the same on both sides."""
     import numpy as np
 
-    return np.random.default_rng(batch).integers(3, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
+    return np.random.default_rng(batch).integers(3, MODEL.vocab_size, (batch, length)).tolist()
 
 
 def write_weights(path: Path) -> None:
@@ -93,10 +103,10 @@ def write_weights(path: Path) -> None:
     from safetensors.numpy import save_file
 
     random = np.random.default_rng(0)
-    hidden, ffn = SHAPE["hidden_size"], SHAPE["ffn"]
-    kv = hidden // SHAPE["num_heads"] * SHAPE["num_kv_heads"]
-    shapes = {"model.embed_tokens": (SHAPE["vocab_size"], hidden), "lm_head": (SHAPE["vocab_size"], hidden)}
-    for layer in range(SHAPE["num_layers"]):
+    hidden, ffn = MODEL.hidden_size, MODEL.ffn_size
+    kv = hidden // MODEL.num_heads * MODEL.num_kv_heads
+    shapes = {"model.embed_tokens": (MODEL.vocab_size, hidden), "lm_head": (MODEL.vocab_size, hidden)}
+    for layer in range(MODEL.num_layers):
         for name, shape in (
             ("self_attn.q_proj", (hidden, hidden)),
             ("self_attn.k_proj", (kv, hidden)),
@@ -132,7 +142,7 @@ def own_generate(weights: Path) -> Callable[[list[list[int]]], list[list[int]]]:
     from llm_core.models.decoder import CausalLM
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    spec = common.own_spec(PROMPT + NEW)
+    spec = MODEL.spec(longest())
     net = CausalLM(spec, seed=None)
     load_into(net, read_weights(weights))
     generator = Generator(net, spec, eos_ids=[], pad_id=0)
@@ -144,11 +154,9 @@ def peer_generate(weights: Path) -> Callable[[list[list[int]]], list[list[int]]]
     """HF transformers: Llama with its default attention (sdpa) and cache, greedy."""
     import torch
     from safetensors.torch import load_file
-    from transformers import LlamaForCausalLM
 
     torch.set_num_threads(common.THREADS)
-    config = common.peer_config(PROMPT + NEW, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None)
-    net = LlamaForCausalLM(config).eval()
+    net = MODEL.hf(longest(), bos_token_id=None, eos_token_id=None).eval()
     net.load_state_dict(load_file(weights))
 
     def generate(prompts: list[list[int]]) -> list[list[int]]:
@@ -156,9 +164,14 @@ def peer_generate(weights: Path) -> Callable[[list[list[int]]], list[list[int]]]
         written = net.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
         )
-        return written[:, PROMPT:].tolist()
+        return written[:, ids.shape[1] :].tolist()
 
     return generate
+
+
+def longest() -> int:
+    """Positions that the model must have."""
+    return max(length for _, length, _, _ in FIGURES.values()) + NEW
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ double chains(int64_t rounds, Step step) {
 }  // namespace
 
 /// fp32 multiply-adds on all OpenMP threads; returns the number of operations, two each.
-extern "C" __attribute__((visibility("default"))) double multiply_add_fp32(int64_t rounds) {
+EXPORT double multiply_add_fp32(int64_t rounds) {
   double operations = 0;
 #pragma omp parallel reduction(+ : operations)
   {
@@ -47,7 +47,7 @@ extern "C" __attribute__((visibility("default"))) double multiply_add_fp32(int64
 }
 
 /// Products of bfloat16 pairs added to fp32 (four operations a lane); 0 where there is no such instruction.
-extern "C" __attribute__((visibility("default"))) double multiply_add_bf16([[maybe_unused]] int64_t rounds) {
+EXPORT double multiply_add_bf16([[maybe_unused]] int64_t rounds) {
   double operations = 0;
 #if defined(__AVX512BF16__)
 #pragma omp parallel reduction(+ : operations)

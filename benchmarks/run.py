@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every benchmark, one after the other (`make bench`); ends with one line a figure.
 
-    python benchmarks/run.py [NAME ...]      # names as of the files: train_step decode preprocess
+    python benchmarks/run.py [NAME ...]      # attention operators train_step decode preprocess
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NOT_BENCHMARKS = {"common", "run", "table"}
+BENCHMARKS = ("attention", "operators", "train_step", "decode", "preprocess")  # files of this folder
 
 
 def main() -> int:
-    available = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NOT_BENCHMARKS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(available)}")
-    names = parser.parse_args().names or available
-    unknown = set(names) - set(available)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
+    names = parser.parse_args().names or BENCHMARKS
+    unknown = set(names) - set(BENCHMARKS)
     if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(available)}")
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     ratios, failed = [], []
     for name in names:
         print(f"== {name}", flush=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the benchmark tables of README.md and README_zh.md from benchmarks/results/*.json.
+"""Make the benchmark tables of README.md and README_zh.md from benchmarks/results/*.json, with the picture there.
 
     python benchmarks/table.py            # rewrites what lies between the two markers in both files
     python benchmarks/table.py --check    # rc 1 if a table is not what the results say
@@ -34,7 +34,7 @@ def main() -> int:
     for name, (titles, empty) in TEXTS.items():
         path = ROOT / name
         old = path.read_text(encoding="utf-8")
-        new = with_table(old, table(titles) or empty)
+        new = with_table(old, (table(titles) or empty) + picture())
         if new != old:
             stale.append(name)
             if not check:
@@ -63,6 +63,12 @@ def table(titles: tuple[str, ...]) -> str:
     if not rows:
         return ""
     return "\n".join([f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *rows])
+
+
+def picture() -> str:
+    """The picture that benchmarks/attention.py draws, below the table; empty when there is none."""
+    path = RESULTS / "attention.png"
+    return f"\n\n![attention]({path.relative_to(ROOT)})" if path.exists() else ""
 
 
 if __name__ == "__main__":

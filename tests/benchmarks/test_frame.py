@@ -1,13 +1,13 @@
-"""The frame of the benchmarks: the ratio line's form, what a result file holds, what `make bench` ends with."""
+"""The frame of the benchmarks: the ratio line's form, result files, timing in turn, what `make bench` ends with."""
 
 import json
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import common, run  # noqa: E402
+from benchmarks import common, run, timing  # noqa: E402
 
 
 def test_ratio_line_has_the_agreed_form(capsys):
@@ -33,16 +33,34 @@ def test_ratio_lines_of_a_script_are_collected(tmp_path):
     assert run.run(script) == (3, ["ratio a 1.000 (own 1 s, p 1 s)"])
 
 
-def test_own_side_of_the_train_step_still_fits_the_package():
-    """Two steps of a tiny model, so that a change of the step's interface cannot break the benchmark unseen."""
-    code = (
-        "import sys; sys.path.insert(0, '.')\n"
-        "from benchmarks import train_step as b\n"
-        "b.LENGTH, b.BATCH = 8, 2\n"
-        "b.SHAPE.update(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn=32)\n"
-        "step = b.own_step(); print(step(0), step(1))"
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert all(3 < float(loss) < 6 for loss in done.stdout.split())  # ln 64 = 4.16
+def test_lists_of_numbers_take_one_line():
+    value = {"ms": [1.5, 2e-05, -3], "empty": [], "words": ["a", "b"], "nested": [{"x": [1, 2]}]}
+    text = common.compact(json.dumps(value, indent=1))
+    assert json.loads(text) == value
+    assert '"ms": [ 1.5, 2e-05, -3 ]' in text and '"x": [ 1, 2 ]' in text
+    assert '"words": [\n' in text
+
+
+def test_sides_are_measured_in_turn_and_the_first_round_is_dropped():
+    asked = []
+
+    def side(name: str, seconds: float):
+        def measure() -> float:
+            asked.append(name)
+            return seconds
+
+        return measure
+
+    times = timing.in_turn({"own": side("own", 1.0), "peer": side("peer", 2.0)}, budget=0)
+    assert asked == ["own", "peer"] * (timing.FEWEST_ROUNDS + 1)
+    assert times == {"own": [1.0] * timing.FEWEST_ROUNDS, "peer": [2.0] * timing.FEWEST_ROUNDS}
+    assert timing.medians(times) == {"own": 1000, "peer": 2000}
+    times = timing.in_turn({"own": side("own", 1.0)}, budget=60)
+    assert len(times["own"]) == timing.MOST_ROUNDS
+
+
+def test_a_short_call_is_timed_many_times_and_a_long_one_once():
+    calls = []
+    assert 0 < timing.block(lambda: calls.append(1)) < 1e-3 and len(calls) > 100
+    calls.clear()
+    assert timing.block(lambda: (calls.append(1), time.sleep(0.11))) >= 0.11 and len(calls) == 1
