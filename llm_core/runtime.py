@@ -92,7 +92,9 @@ def start(config: Any) -> None:
         os.environ.update({name: str(value) for name, value in (config.env or {}).items()})
     import mindspore as ms
 
-    ms.set_context(mode=config.context.mode, device_target=config.context.device_target)
+    context = config.context
+    # Every parameter's update nests two calls deeper: MindSpore's default of 1000 ends at some 30 layers.
+    ms.set_context(mode=context.mode, device_target=context.device_target, max_call_depth=context.max_call_depth)
     ms.set_seed(max(int(config.seed), 0))
     if config.context.device_target == "Ascend":  # not verified here
         ms.set_context(device_id=config.context.device_id, **_ascend_context(config.context))
@@ -101,7 +103,7 @@ def start(config: Any) -> None:
 def _ascend_context(context: Any) -> dict[str, Any]:
     """The `context` keys of the YAML that `mindspore.set_context` takes as they are."""
     names = (
-        "max_call_depth", "max_device_memory", "mempool_block_size", "save_graphs", "save_graphs_path",
+        "max_device_memory", "mempool_block_size", "save_graphs", "save_graphs_path",
         "enable_graph_kernel", "jit_config", "memory_optimize_level", "ascend_config", "deterministic",
         "runtime_num_threads", "infer_boost",
     )

@@ -67,7 +67,7 @@ class ContextSection(Section):
 
 
 ASCEND_ONLY = (
-    "deterministic", "enable_graph_kernel", "max_call_depth", "max_device_memory", "mempool_block_size",
+    "deterministic", "enable_graph_kernel", "max_device_memory", "mempool_block_size",
     "memory_optimize_level", "jit_config", "ascend_config", "infer_boost", "runtime_num_threads", "save_graphs",
 )  # fmt: skip
 
