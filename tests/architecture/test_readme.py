@@ -58,10 +58,19 @@ def check_run_llm(arguments: list[str], monkeypatch, tmp_path) -> None:
         assert verb in cli._VERBS
 
 
+def run_module(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command_of_the_readme(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     program, *arguments = shlex.split(command)
+    while assignment := re.fullmatch(r"(\w+)=(.*)", program):
+        monkeypatch.setenv(*assignment.groups())
+        program, *arguments = arguments
+        run_module(["-m", "kernels", "info"])  # which refuses a wrong value of KERNELS
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
@@ -69,6 +78,8 @@ def test_command_of_the_readme(command, monkeypatch, tmp_path):
         subprocess.run(["bash", "-n", arguments[0]], check=True, timeout=60)
     elif program == "python" and arguments[0] == "run_llm.py":
         check_run_llm(arguments[1:], monkeypatch, tmp_path)
+    elif program == "python" and arguments[0] == "-m":
+        run_module(arguments)
     elif program == "python":
         check_flags(*arguments[:1], arguments[1:])
     else:
@@ -100,6 +111,11 @@ def test_benchmark_table_is_made_from_results(tmp_path, monkeypatch):
         assert old.count(table.BEGIN) == old.count(table.END) == 1
         assert new.partition(table.BEGIN)[0] == old.partition(table.BEGIN)[0]
         assert new.partition(table.END)[2] == old.partition(table.END)[2]
+
+
+def test_a_wrong_variable_is_noticed(monkeypatch, tmp_path):
+    with pytest.raises(AssertionError, match="did you mean reference"):
+        test_command_of_the_readme("KERNELS=referenc python run_llm.py list-cfg", monkeypatch, tmp_path)
 
 
 def test_a_wrong_flag_is_noticed():
