@@ -178,6 +178,11 @@ def adamw(rng, library) -> Case:
     return Case([param, m, v, grad, scalars], [blank(1)], written=[param, m, v])
 
 
+def scale_in_place(rng, library) -> Case:
+    x = numbers(rng, size(rng), size(rng, 900))
+    return Case([x, numbers(rng, 1)], [blank(1)], written=[x])
+
+
 def squared_norm(rng, library) -> Case:
     return Case([numbers(rng, *rng.integers(1, 40, rng.integers(1, 4)))], [blank(1)])
 
@@ -241,6 +246,7 @@ OPERATORS: dict[str, Callable[..., Case]] = {
     "gelu_backward": rowwise(2, 1),
     "embedding_backward": embedding_backward,
     "adamw": adamw,
+    "scale_in_place": scale_in_place,
     "squared_norm": squared_norm,
     "cross_entropy_forward": cross_entropy_forward,
     "cross_entropy_backward": cross_entropy_backward,

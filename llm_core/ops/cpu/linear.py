@@ -7,16 +7,15 @@ from mindspore import Tensor, nn, ops
 from llm_core.ops.cpu.custom import bf16_refusal, kernel
 from llm_core.ops.reference import linear as reference
 
-
 FEW_ROWS = 2  # of x, up to which reading the weight is what takes the time
 
 
 class LinearProduct(nn.Cell):
     """x weight^T: x fp32 [N, in], weight fp32 [out, in] -> fp32 [N, out].
 
-    MindSpore's own product is as fast as any in fp32, but not for the few rows of one generated token. bf16: products of
-    bfloat16-rounded numbers, summed in fp32, in the forward pass and in both gradients; few rows are multiplied in fp32
-    all the same, it takes no longer.
+    MindSpore's own product is as fast as any in fp32, but not for the few rows of one generated token. bf16: products
+    of bfloat16-rounded numbers, summed in fp32, in the forward pass and in both gradients; few rows are multiplied in
+    fp32 all the same, it takes no longer.
     """
 
     def __init__(self, bf16: bool = False):

@@ -57,17 +57,21 @@ class LinearNll(nn.Cell):
 
 
 class _LinearNllWithGradients(nn.Cell):
-    """The loss [1] and its gradients to x and weight."""
+    """The loss [1] and its gradients to x and weight, which the backward pass multiplies in place by the loss's."""
 
     def __init__(self, suffix: str):
         super().__init__(auto_prefix=False)
         self.forward = kernel(f"linear_cross_entropy{suffix}", lambda x, weight, labels: ([1], x, weight), 3)
+        self.scale = kernel("scale_in_place", lambda x, factor: [1], in_place=True)
 
     def construct(self, x, weight, labels):
         return self.forward(x, weight, labels)
 
     def bprop(self, x, weight, labels, out, dout):
-        return out[1] * dout[0], out[2] * dout[0], ops.zeros_like(labels)
+        return self._scaled(out[1], dout[0]), self._scaled(out[2], dout[0]), ops.zeros_like(labels)
+
+    def _scaled(self, gradient, factor):
+        return ops.depend(gradient, self.scale(gradient, factor))
 
 
 class _LinearNll(nn.Cell):
