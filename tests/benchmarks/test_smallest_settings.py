@@ -53,7 +53,8 @@ def test_picture_of_attention(tmp_path):
     run(
         "from itertools import product\nfrom pathlib import Path\nfrom benchmarks import attention as b\n"
         "values = product(b.TOLERANCE, (True, False), b.PASSES, b.LENGTHS, b.DIMS)\n"
-        "names, more = ('dtype', 'causal', 'pass', 'length', 'dim'), {'threads': 2, 'of_peak': {'own': 0.7, 'torch': 0.4}}\n"
+        "names = ('dtype', 'causal', 'pass', 'length', 'dim')\n"
+        "more = {'threads': 2, 'of_peak': {'own': 0.7, 'torch': 0.4}}\n"
         "points = [dict(zip(names, point)) | more for point in values]\n"
         f"b.picture(points, Path({str(tmp_path)!r}) / 'a.png')"
     )
