@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +29,7 @@ SHIPPED = Path(__file__).resolve().parent / "lib"
 # the object files of about as much.
 _KEPT_LIBRARIES = 16
 _KEPT_OBJECTS = 256
+_NEVER_PRUNED = 24 * 3600.0  # seconds since its last use: a running process may still open it
 
 
 def library_path(isa: str, sources: Path = SOURCES, extra: tuple[str, ...] = ()) -> Path:
@@ -129,9 +131,12 @@ def _private_folder() -> Path:
 
 
 def _prune(folder: Path) -> None:
-    """Remove what has not been used for longest."""
+    """Remove what has not been used for longest, and not within the last day."""
+    oldest = time.time() - _NEVER_PRUNED
     for pattern, kept in (("*.so", _KEPT_LIBRARIES), ("objects/*.o", _KEPT_OBJECTS)):
         for path in sorted(folder.glob(pattern), key=_last_use, reverse=True)[kept:]:
+            if _last_use(path) > oldest:
+                continue
             path.unlink(missing_ok=True)
             path.with_suffix(".log").unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ import importlib
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,11 +46,12 @@ __all__ = ["OPERATORS", "Backend", "Dropout", "DropoutMask", "backend", "describ
 
 @dataclass(frozen=True)
 class Backend:
-    """The implementation in use: its name, why it is that one, its package."""
+    """The implementation in use: its name, why it is that one, its package, the file of its kernels if it has any."""
 
     name: str
     reason: str
     operators: ModuleType
+    library: Path | None = None
 
 
 def __getattr__(name: str) -> Any:
@@ -63,8 +65,8 @@ def __getattr__(name: str) -> Any:
 def backend() -> Backend:
     """The implementation that this process uses; builds the kernels if need be. The device must be set by now."""
     chosen = _choose()
-    # A compiled graph holds the path of its operators' library.
-    runtime.add_to_graph_keys("operators", [chosen.name, chosen.reason])
+    # A compiled graph holds the path of its operators' library, whose name changes with its sources.
+    runtime.add_to_graph_keys("operators", [chosen.name, str(chosen.library)])
     return chosen
 
 
@@ -75,16 +77,18 @@ def _choose() -> Backend:
     if device == "Ascend":  # not verified here: there is no such device
         if os.environ.get("KERNELS") == "reference":
             return _backend("reference", "KERNELS=reference")
-        return _backend("ascend", "MindSpore's fused operators")
+        return _backend("ascend", "MindSpore's fused operators, not verified on a device; attention in bfloat16")
+    if device != "CPU":
+        return _backend("reference", f"there are no kernels for {device}")
     try:
         library = kernels.library()
     except kernels.KernelsUnavailable as error:
         return _backend("reference", str(error))
-    return _backend("cpu", f"{library.isa}, {library.threads()} threads")
+    return _backend("cpu", f"{library.isa}, {library.why}; {library.threads()} threads", library.path)
 
 
-def _backend(name: str, reason: str) -> Backend:
-    return Backend(name, reason, importlib.import_module(f"llm_core.ops.{name}"))
+def _backend(name: str, reason: str, library: Path | None = None) -> Backend:
+    return Backend(name, reason, importlib.import_module(f"llm_core.ops.{name}"), library)
 
 
 def describe(*, head_dim: int, attention_dropout: float, bf16: bool) -> str:

@@ -185,6 +185,7 @@ def test_where_the_compiler_has_gone_its_library_is_still_used(tree, monkeypatch
 def test_old_libraries_are_removed(tree, monkeypatch):
     monkeypatch.setattr(build, "_KEPT_LIBRARIES", 2)
     monkeypatch.setattr(build, "_KEPT_OBJECTS", 3)
+    monkeypatch.setattr(build, "_NEVER_PRUNED", 0.0)
     paths = []
     for number in range(3):
         paths.append(library_path("plain", tree, extra=(f"-DNUMBER={number}",)))
@@ -192,6 +193,12 @@ def test_old_libraries_are_removed(tree, monkeypatch):
     library_path("plain", tree)
     assert [path.exists() for path in paths] == [False, False, True]
     assert len(list((build.cache_dir() / "kernels" / "objects").glob("*.o"))) == 3
+
+
+def test_what_a_running_process_may_still_open_stays(tree, monkeypatch):
+    monkeypatch.setattr(build, "_KEPT_LIBRARIES", 1)
+    paths = [library_path("plain", tree, extra=(f"-DNUMBER={number}",)) for number in range(2)]
+    assert all(path.exists() for path in paths)
 
 
 @pytest.mark.skipif(len(available()) == 1, reason="this machine runs the plain kernels alone")
