@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "tile.h"
+#include "words.h"
 
 namespace run_llm {
 
@@ -112,89 +112,6 @@ INLINE vec hide_unseen(vec score, const Visibility& seen, int64_t row, int64_t f
 
 // ---- packing ---------------------------------------------------------------------------------------------------
 
-INLINE vec read_vec(const float* p) { return load(p); }
-INLINE vec read_vec(const bf16* p) {
-#if defined(__AVX512F__)
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return (vec)_mm512_slli_epi32(wide, 16);
-#else
-  uvec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<uint32_t>(p[i].bits) << 16;
-  return (vec)x;
-#endif
-}
-
-/// Numbers p[0 .. count) as floats, zeros after them; count <= 0 reads nothing.
-template <class S>
-INLINE vec read_first(const S* p, int64_t count) {
-  if (count >= kLanes) return read_vec(p);
-  vec x{};
-  for (int64_t i = 0; i < count; ++i) x[i] = to_float(p[i]);
-  return x;
-}
-
-/// The first `count` numbers of x to p, as float or rounded to bfloat16.
-template <class S>
-INLINE void write_first(S* p, vec x, int64_t count) {
-  if constexpr (sizeof(S) == 4) {
-    if (count >= kLanes) return store(p, x);
-    for (int64_t i = 0; i < count; ++i) p[i] = x[i];
-  } else {
-    for (int64_t i = 0; i < std::min<int64_t>(count, kLanes); ++i) p[i] = to_bf16(x[i]);
-  }
-}
-
-/// kLanes words along a row: p[0 .. kLanes * kPack), of which the first `count` exist.
-template <class T, class S>
-INLINE typename T::vector words_along(const S* p, int64_t count) {
-  if constexpr (T::kPack == 1) {
-    return read_first(p, count);
-  } else {
-#if defined(__AVX512BF16__)
-    return (__m512i)_mm512_cvtne2ps_pbh((__m512)read_first(p + kLanes, count - kLanes), (__m512)read_first(p, count));
-#endif
-  }
-}
-
-#if defined(__AVX512BF16__)
-/// Words (low[i], high[i]).
-INLINE __m512i pair_words(vec low, vec high) {
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);  // all of low, then all of high
-  const ivec lane = lane_numbers();
-  return _mm512_permutexvar_epi16((__m512i)(lane | ((lane + 16) << 16)), halves);
-}
-#endif
-
-/// kLanes words across two rows: word i is (p[i], q[i]); the first `count` exist. Only pairs read q; it may be null.
-template <class T, class S>
-INLINE typename T::vector words_across(const S* p, [[maybe_unused]] const S* q, int64_t count) {
-  if constexpr (T::kPack == 1) {
-    return read_first(p, count);
-  } else {
-#if defined(__AVX512BF16__)
-    return pair_words(read_first(p, count), q ? read_first(q, count) : vec{});
-#endif
-  }
-}
-
-/// Transpose kLanes x kLanes words in registers, by exchanging ever smaller off-diagonal blocks.
-INLINE void transpose(ivec (&x)[kLanes]) {
-  const ivec lane = lane_numbers();
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2) {
-    const ivec upper = (lane & half) != 0;  // -1 in lanes of the upper half of a block
-    const ivec to_first = upper ? lane - half + kLanes : lane;
-    const ivec to_second = upper ? lane + kLanes : lane + half;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & half) continue;
-      const ivec a = x[i], b = x[i + half];
-      x[i] = __builtin_shuffle(a, b, to_first);
-      x[i + half] = __builtin_shuffle(a, b, to_second);
-    }
-  }
-}
-
 /// Ask for `count` numbers at p. Rows of a head lie far apart, where the processor's own prefetching does not see them.
 template <class S>
 INLINE void prefetch(const S* p, int64_t count) {
@@ -206,10 +123,6 @@ template <class T>
 constexpr int64_t steps_of(int64_t dim) {
   return (dim + T::kPack - 1) / T::kPack;
 }
-template <class T>
-INLINE void write_words(typename T::word* p, typename T::vector x) {
-  std::memcpy(p, &x, sizeof x);
-}
 
 /// Copied rows: `count` rows to out [round_up(count, kRows)][steps rounded up to kLanes], zeros where none exist.
 template <class T, class S>
@@ -218,7 +131,7 @@ void copy_rows(const Rows<S>& rows, int64_t count, int64_t dim, typename T::word
   for (int64_t i = 0; i < count; ++i) {
     if (i + kRowsAhead < count) prefetch(rows[i + kRowsAhead], dim);
     for (int64_t c = 0; c < stride; c += kLanes)
-      write_words<T>(out + i * stride + c, words_along<T>(rows[i] + c * T::kPack, dim - c * T::kPack));
+      write_words(out + i * stride + c, words_along(T(), rows[i] + c * T::kPack, dim - c * T::kPack));
   }
   const int64_t padding = round_up(count, kRows) - count;
   std::fill_n(out + count * stride, padding * stride, typename T::word{});
@@ -234,7 +147,7 @@ void stack_rows(const Rows<S>& rows, int64_t count, int64_t padded, int64_t dim,
     for (int64_t ahead = i + kRowsAhead; ahead < std::min(i + kRowsAhead + T::kPack, count); ++ahead)
       prefetch(rows[ahead], dim);
     for (int64_t c = 0; c < width; c += kLanes, out += kLanes)
-      write_words<T>(out, words_across<T>(rows[i] + c, next ? next + c : nullptr, dim - c));
+      write_words(out, words_across(T(), rows[i] + c, next ? next + c : nullptr, dim - c));
   }
   if (i < padded) std::fill_n(out, (padded - i) / T::kPack * width, typename T::word{});
 }
@@ -247,19 +160,18 @@ void pack_panels(const Rows<S>& rows, int64_t count, int64_t dim, typename T::wo
     typename T::word* panel = out + first / kPanel * kPanel * steps + first % kPanel;
     for (int64_t i = first + kLanes; i < std::min(first + 2 * kLanes, count); ++i) prefetch(rows[i], dim);
     for (int64_t c = 0; c < steps; c += kLanes) {
-      ivec block[kLanes];
+      vec block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        block[i] = ivec{};
-        if (first + i < count) block[i] = (ivec)words_along<T>(rows[first + i] + c * T::kPack, dim - c * T::kPack);
+        block[i] = vec{};
+        if (first + i < count) block[i] = words_along(T(), rows[first + i] + c * T::kPack, dim - c * T::kPack);
       }
       transpose(block);
-      for (int i = 0; i < kLanes && c + i < steps; ++i)
-        write_words<T>(panel + (c + i) * kPanel, (typename T::vector)block[i]);
+      for (int i = 0; i < kLanes && c + i < steps; ++i) write_words(panel + (c + i) * kPanel, block[i]);
     }
   }
   for (int64_t first = round_up(count, kLanes); first < round_up(count, kPanel); first += kLanes)
     for (int64_t c = 0; c < steps; ++c)
-      write_words<T>(out + first / kPanel * kPanel * steps + first % kPanel + c * kPanel, typename T::vector{});
+      write_words(out + first / kPanel * kPanel * steps + first % kPanel + c * kPanel, vec{});
 }
 
 // ---- products on packed operands -------------------------------------------------------------------------------

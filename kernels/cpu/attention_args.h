@@ -16,6 +16,8 @@
 
 namespace run_llm {
 
+constexpr int64_t kMostPositions = 1 << 30;  // they are int32, with room for a step beyond
+
 template <class S>
 struct AttentionCall {
   int64_t batch, queries, keys, heads, kv_heads, dim;
@@ -76,7 +78,7 @@ struct AttentionCall {
     call.kv_heads = args.size("K");
     call.dim = args.size("D");
     args.require(call.heads % call.kv_heads == 0, "k", "its number of heads must divide that of q");
-    args.require(call.keys < (1 << 30) && call.queries < (1 << 30), "k", "more than 2^30 positions");
+    args.require(call.keys < kMostPositions && call.queries < kMostPositions, "k", "too many positions");
     call.q = Heads<const S>::inside(q, call.queries, call.heads, call.dim);
     call.k = Heads<const S>::inside(k, call.keys, call.kv_heads, call.dim);
     call.v = Heads<const S>::inside(v, call.keys, call.kv_heads, call.dim);

@@ -203,7 +203,7 @@ struct Backward {
     int64_t row, column, first_key;  // in the tile, in the tile, among all keys
     int masked_rows;
     const Visibility* seen;
-    float lse[kRows], delta[kRows]; 
+    float lse[kRows], delta[kRows];
   };
 
   template <int VECS>
@@ -261,7 +261,7 @@ struct Backward {
       Word* word = to + (row + r) / T::kPack * kKeyTile + column;
       if constexpr (T::kPack == 1) store(word, rows[r]);
 #if defined(__AVX512BF16__)
-      if constexpr (T::kPack == 2) write_words<T>(word, pair_words(rows[r], rows[r + 1]));
+      if constexpr (T::kPack == 2) write_words(word, pair_words(rows[r], rows[r + 1]));
 #endif
     }
   }

@@ -40,6 +40,7 @@ CachedCall arguments(Args& args) {
   args.require(args.size("N") % call.batch == 0, "k", "its first size must be a multiple of the batch");
   call.kv_heads = args.size("N") / call.batch;
   args.require(call.heads % call.kv_heads == 0, "k", "its heads must divide those of q");
+  args.require(cached.cache < kMostPositions && call.queries < kMostPositions, "k", "too many positions");
   cached.columns = args.input<int32_t>("columns", "S");
   cached.kv_start = args.input<int32_t>("kv_start", "B");
   for (int64_t s = 0; s < call.queries; ++s) {
@@ -65,18 +66,18 @@ CachedCall arguments(Args& args) {
 
 /// Products of q with kLanes rows of keys, of which the first `count` exist, one a lane.
 INLINE vec products(const float* q, const float* keys, int64_t count, int64_t dim) {
-  ivec block[kLanes];
+  vec block[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     const float* key = keys + (i < count ? i : 0) * dim;
     vec sum{};
     int64_t c = 0;
     for (; c + kLanes <= dim; c += kLanes) sum += load(q + c) * load(key + c);
     if (c < dim) sum += read_first(q + c, dim - c) * read_first(key + c, dim - c);
-    block[i] = (ivec)sum;
+    block[i] = sum;
   }
   transpose(block);
-  vec total = (vec)block[0];
-  for (int i = 1; i < kLanes; ++i) total += (vec)block[i];
+  vec total = block[0];
+  for (int i = 1; i < kLanes; ++i) total += block[i];
   return total;
 }
 

@@ -177,7 +177,7 @@ struct Forward {
         const bool more = j + kLanes < keys;
         const vec high = more ? exp2(load(row + j + kLanes) * factor - top) : vec{};
         total += low + high;
-        write_words<T>(words + j / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+        write_words(words + j / 2, (vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
       }
 #endif
     }

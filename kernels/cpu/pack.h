@@ -6,7 +6,7 @@
 // in registers if the packed order is the other one, and stored.
 #pragma once
 
-#include "tile.h"
+#include "words.h"
 
 namespace run_llm {
 
@@ -19,72 +19,6 @@ struct Operand {
   int64_t depth;
 };
 
-/// The first `count` numbers at p, at most kLanes of them, zeros after them. `count` may be any number.
-INLINE vec load_up_to(const float* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  return count > 0 ? load_first(p, static_cast<int>(count)) : broadcast(0.f);
-}
-
-/// Neighbours along k at p as kLanes words; zeros after the first `count` numbers.
-INLINE vec words_along(Fp32, const float* p, int64_t count) { return load_up_to(p, count); }
-
-/// One word of k for kLanes lines: rows of k are `stride` apart, `depth` of them are left; zeros after `lines` lines.
-INLINE vec words_across(Fp32, const float* p, int64_t, int64_t depth, int64_t lines) {
-  return depth > 0 ? load_up_to(p, lines) : broadcast(0.f);
-}
-
-#if defined(__AVX512BF16__)
-INLINE vec words_along(Bf16, const float* p, int64_t count) {
-  const vec low = load_up_to(p, count), high = load_up_to(p + kLanes, count - kLanes);
-  return (vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-}
-
-INLINE vec words_across(Bf16, const float* p, int64_t stride, int64_t depth, int64_t lines) {
-  const vec even = depth > 0 ? load_up_to(p, lines) : broadcast(0.f);
-  const vec odd = depth > 1 ? load_up_to(p + stride, lines) : broadcast(0.f);
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (vec)_mm512_permutexvar_epi16(interleave, halves);
-}
-#endif
-
-/// One step of the transposition: the off-diagonal ones of STEP x STEP squares change places.
-template <int STEP>
-INLINE void exchange(vec& a, vec& b) {
-#if defined(__AVX512F__)
-  ivec first = lane_numbers(), second = lane_numbers();  // constants once unrolled; kLanes + i is lane i of b
-  for (int i = 0; i < kLanes; ++i) {
-    first[i] = i & STEP ? kLanes + i - STEP : i;
-    second[i] = i & STEP ? kLanes + i : i + STEP;
-  }
-  const __m512 upper = _mm512_permutex2var_ps((__m512)a, (__m512i)first, (__m512)b);
-  b = (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)second, (__m512)b);
-  a = (vec)upper;
-#else
-  const vec upper = a, lower = b;
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & STEP) a[i] = lower[i - STEP];
-    if (!(i & STEP)) b[i] = upper[i + STEP];
-  }
-#endif
-}
-
-template <int STEP>
-INLINE void exchange_all(vec (&x)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & STEP)) exchange<STEP>(x[i], x[i + STEP]);
-}
-
-/// Lane j of vector i becomes lane i of vector j.
-INLINE void transpose(vec (&x)[kLanes]) {
-  exchange_all<1>(x);
-  exchange_all<2>(x);
-  if constexpr (kLanes > 4) exchange_all<4>(x);
-  if constexpr (kLanes > 8) exchange_all<8>(x);
-}
-
 /// Pack the square of kLanes lines from `line` and kLanes words from number `k` on, with zeros where the operand has
 /// ended. LINES_IN_LANES: vector i of the result is word i of all lines, else all words of line i; vectors go
 /// `dest_stride` words apart. WHOLE: the operand fills the square.
@@ -95,15 +29,16 @@ INLINE void pack_square(const Operand& from, int64_t line, int64_t k, typename T
   vec x[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
+    const int64_t left = depth - i * T::kPack;  // numbers of k from word i on
+    const float* across = from.data + (k + i * T::kPack) * from.stride + line;
     if (ALONG)
       x[i] = words_along(T(), from.data + (line + i) * from.stride + k, i < lines ? depth : 0);
     else
-      x[i] = words_across(T(), from.data + (k + i * T::kPack) * from.stride + line, from.stride, depth - i * T::kPack,
-                          lines);
+      x[i] = words_across(T(), across, left > 1 ? across + from.stride : nullptr, left > 0 ? lines : 0);
   }
   if (ALONG == LINES_IN_LANES) transpose(x);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(dest + i * dest_stride), x[i]);
+  for (int i = 0; i < kLanes; ++i) write_words(dest + i * dest_stride, x[i]);
 }
 
 /// Pack `lines` lines (a multiple of kLanes) from `line`, `squares` squares of words from number `k` on. The walk

@@ -44,10 +44,19 @@ INLINE vec broadcast(float x) {
 #endif
 }
 
+/// 0, 1, 2 ... kLanes - 1.
+INLINE ivec lane_numbers() {
+  ivec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = i;
+  return x;
+}
+
 /// The first `count` (1 .. kLanes) numbers at p, zeros after them; nothing beyond is touched.
 INLINE vec load_first(const float* p, int count) {
 #if defined(__AVX512F__)
   return (vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  return (vec)_mm256_maskload_ps(p, (__m256i)(lane_numbers() < count));
 #else
   float buffer[kLanes] = {};
   std::memcpy(buffer, p, 4 * static_cast<size_t>(count));
@@ -57,6 +66,8 @@ INLINE vec load_first(const float* p, int count) {
 INLINE void store_first(float* p, vec x, int count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < count), (__m256)x);
 #else
   float buffer[kLanes];
   store(buffer, x);
@@ -100,13 +111,6 @@ INLINE float largest_of(vec x) {
   for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
   return largest;
 #endif
-}
-
-/// 0, 1, 2 ... kLanes - 1.
-INLINE ivec lane_numbers() {
-  ivec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = i;
-  return x;
 }
 
 constexpr float kLog2e = 1.44269504088896341f;
