@@ -51,7 +51,9 @@ void* Args::take(const char* name, const char* dtype, const char* shape) {
     wanted += (position ? ", " : "") + token;
     if (size >= 0 && token != std::to_string(size)) wanted += "=" + std::to_string(size);
     if (position < rank) {
-      if (size < 0 && named_ < kMostDims) {
+      if (sizes[position] < 1) {
+        fits = false;
+      } else if (size < 0 && named_ < kMostDims) {
         std::snprintf(dims_[named_].name, sizeof dims_[named_].name, "%s", token.c_str());
         dims_[named_++].size = sizes[position];
       } else if (size != sizes[position]) {

@@ -28,7 +28,8 @@ struct bf16 {
 /// The arguments of one call, taken in order: inputs first, outputs after them.
 ///
 /// A shape is written as dimension names and numbers with spaces between: "B S H 2". A name stands for any size
-/// when it is met first and for that same size afterwards. Whatever does not fit throws, naming the argument.
+/// when it is met first and for that same size afterwards. Whatever does not fit throws, naming the argument; so does
+/// an array without elements, which no kernel has a use for (nor has MindSpore).
 class Args {
  public:
   Args(const char* kernel, int count, void** params, int* ndims, int64_t** shapes, const char** dtypes)
@@ -46,7 +47,7 @@ class Args {
   void skip() { ++next_; }
   /// Whether the next argument holds bfloat16.
   bool next_is_bf16() const;
-  /// Number of dimensions of the next argument, and size of one of them; negative counts from the end.
+  /// Number of dimensions of the next argument.
   int next_rank() const;
 
   /// Size of a dimension that has been named so far.
