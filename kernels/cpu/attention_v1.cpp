@@ -76,7 +76,7 @@ class Head {
       }
     }
     // All that backward needs of m and l: it divides e^(S - m) by l.
-    for (int64_t i = 0; i < queries_; ++i) m[i] = l[i] > 0 ? m[i] + std::log(l[i]) : 0;
+    for (int64_t i = 0; i < queries_; ++i) m[i] = l[i] == 0 ? 0 : m[i] + std::log(l[i]);
   }
 
   /// Adds to dq, dk and dv.
@@ -115,7 +115,7 @@ class Head {
       if (!sees(i, j)) continue;
       const float score = scale_ * (dot(q_[i], k_[j], dim_) + (bias_ ? bias_[j] : 0.f));
       scores[j - first] = score;
-      largest = std::max(largest, score);
+      if (!(score <= largest)) largest = score;  // a NaN too: the block must not pass for one that is hidden
     }
     return largest;
   }

@@ -53,6 +53,16 @@ def test_large_scores_do_not_overflow(kernels: Library):
     assert distance(got[0], out) < 1e-4 and distance(got[1], lse) < 1e-6
 
 
+def test_a_nan_comes_out_as_one(kernels: Library):
+    """Also where no score of a query is a number, which is not the same as seeing nothing."""
+    inputs, dout = arguments(CASES["causal"])
+    inputs[0][0, 20, 0, 3] = np.nan
+    out, lse, dq, _, _ = run(kernels, inputs, dout)
+    for spoilt in (out[0, 20, 0], lse[0, 0, 20], dq[0, 20, 0]):
+        assert np.isnan(spoilt).all()
+    assert np.isnan(out).sum() == out.shape[3] and np.isnan(lse).sum() == 1
+
+
 def wrong(inputs: list[np.ndarray], index: int, value: np.ndarray) -> list[np.ndarray]:
     return [*inputs[:index], value, *inputs[index + 1 :]]
 
