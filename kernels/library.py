@@ -47,10 +47,6 @@ class Library:
             raise KernelsUnavailable(f"{path} does not load: {error}") from None
         self._library.last_error.restype = ctypes.c_char_p
 
-    def has(self, name: str) -> bool:
-        """Whether there is a kernel of that name."""
-        return hasattr(self._library, name)
-
     def cpu_supports(self, isa: str) -> bool:
         """Whether the processor and the system can run the library of that instruction set."""
         return bool(self._library.cpu_supports(isa.encode()))

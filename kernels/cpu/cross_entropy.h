@@ -23,10 +23,6 @@ inline float largest_logit(const float* x, int64_t count) {
   return result;
 }
 
-/// x, with zeros in the lanes past the end of the row.
-INLINE vec within(AllLanes, vec x) { return x; }
-INLINE vec within(FirstLanes at, vec x) { return lane_numbers() < at.count ? x : broadcast(0.f); }
-
 /// Sum of e^x over the logits of one row, which may come in several pieces.
 class RowTotal {
  public:
@@ -53,7 +49,7 @@ class RowTotal {
     vec sum = {}, zeros = {};
     each_vector(0, count, [&](int64_t i, auto at) {
       const vec logits = at.load(x + i);
-      sum += within(at, exp(max(logits - shift, broadcast(kUnderflow))));
+      sum += at.only(exp(max(logits - shift, broadcast(kUnderflow))));
       zeros = logits * broadcast(0.f) + zeros;  // max() and exp() may lose inf and NaN; this becomes NaN
     });
     total_ += sum_of(sum);

@@ -22,7 +22,8 @@ KERNEL(embedding_backward) {
                                   " is not in the table of " + std::to_string(vocabulary) + " rows");
   constexpr int64_t kLine = 16;  // numbers of a cache line, which two threads should not share
   const int64_t lines = (width + kLine - 1) / kLine;
-  const int64_t threads = vocabulary * width < kParallelFrom ? 1 : std::min<int64_t>(lines, omp_get_max_threads());
+  const bool little = (vocabulary + count) * width < kParallelFrom;
+  const int64_t threads = little ? 1 : std::min<int64_t>(lines, omp_get_max_threads());
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads))
   for (int64_t thread = 0; thread < threads; ++thread) {
     const int64_t begin = lines * thread / threads * kLine;

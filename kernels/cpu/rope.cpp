@@ -20,7 +20,8 @@ INLINE void turn_heads(const float* x, float* y, int64_t count, int64_t half, co
 
 /// The gradient is the same turn with the halves of sin exchanged: the transposed matrix of each pair.
 void turn(Args& args, bool gradient) {
-  auto q = args.input<float>(gradient ? "dq_out" : "q", "B S H D");
+  const char* first = gradient ? "dq_out" : "q";
+  auto q = args.input<float>(first, "B S H D");
   auto k = args.input<float>(gradient ? "dk_out" : "k", "B S K D");
   auto cos = args.input<float>("cos", "C S 1 D");
   auto sin = args.input<float>("sin", "C S 1 D");
@@ -29,8 +30,8 @@ void turn(Args& args, bool gradient) {
   args.done();
   const int64_t batch = args.size("B"), length = args.size("S"), tables = args.size("C");
   const int64_t q_heads = args.size("H"), k_heads = args.size("K"), dim = args.size("D"), half = dim / 2;
-  args.require(dim % 2 == 0, "q", "the head size must be even");
-  args.require(tables == 1 || tables == batch, "cos", "the first dimension must be 1 or that of q");
+  args.require(dim % 2 == 0, first, "the head size must be even");
+  args.require(tables == 1 || tables == batch, "cos", "the first dimension must be 1 or the batch");
   const int64_t positions = batch * length;
 #pragma omp parallel for schedule(static) if (positions * (q_heads + k_heads) * dim >= kParallelFrom)
   for (int64_t position = 0; position < positions; ++position) {

@@ -27,7 +27,6 @@ enum ScratchSlot : int {
   kScratchAttentionQueries,
   kScratchAttentionScores,
   kScratchAttentionSums,
-  kScratchPartialSums,  // of reductions over rows: the norms, sums of squares
   kScratchSlots,
 };
 

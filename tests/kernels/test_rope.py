@@ -70,7 +70,7 @@ def test_every_number_of_threads_and_every_place_gives_the_same_bits(kernels, na
         ({1: (2, 4, 1, 6)}, r"k: expected float32 \[B=2, S=3, K, D=6\], got float32 \[2, 4, 1, 6\]"),
         ({2: (1, 3, 2, 6)}, r"cos: expected float32 \[C, S=3, 1, D=6\]"),
         ({3: (1, 3, 1, 3)}, r"sin: expected float32 \[C=1, S=3, 1, D=6\]"),
-        ({2: (3, 3, 1, 6), 3: (3, 3, 1, 6)}, "cos: the first dimension must be 1 or that of q"),
+        ({2: (3, 3, 1, 6), 3: (3, 3, 1, 6)}, "cos: the first dimension must be 1 or the batch"),
         ({0: (2, 3, 2, 5), 1: (2, 3, 1, 5), 2: (1, 3, 1, 5), 3: (1, 3, 1, 5)}, "q: the head size must be even"),
     ],
 )
