@@ -67,7 +67,10 @@ def find_compiler() -> Compiler:
     """The compiler that $CXX names, else the first of c++, g++, clang++. KernelsUnavailable."""
     asked = os.environ.get("CXX")
     for command in [asked] if asked else ["c++", "g++", "clang++"]:
-        first, *rest = shlex.split(command)
+        try:
+            first, *rest = shlex.split(command)
+        except ValueError:  # nothing but spaces, or a quotation without an end
+            raise KernelsUnavailable(f"CXX={asked}: not a command") from None
         if path := shutil.which(first):
             return _identified((path, *rest))
     if asked:

@@ -152,6 +152,8 @@ def test_nowhere_to_write_says_so(tree, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("cxx", "message"), [
     ("/bin/false", "the compiler /bin/false does not work"),
     ("no-such-compiler --fast", "CXX=no-such-compiler --fast: there is no such compiler"),
+    ("g++ '-O2", "CXX=g\\+\\+ '-O2: not a command"),
+    ("  ", "CXX=  : not a command"),
 ])
 def test_a_wrong_compiler_is_named(tree, monkeypatch, cxx, message):
     monkeypatch.setenv("CXX", cxx)
