@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import attention_oracle as oracle
 import numpy as np
 import pytest
+from elementwise import relative
+from openmp_threads import for_thread_counts
 
 from llm_core.kernels import BFloat16, KernelError
 
 CASES = oracle.cases()
 NONE = np.zeros(1, np.float32)
-
-
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30)
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -51,11 +47,34 @@ def test_fp32(kernels, name):
     out, lse = forward(kernels, case, q, k, v)
     wanted, wanted_lse = oracle.attention(q, k, v, case.ranges, case.bias, case.prefix)
     assert relative(out, wanted) < 1e-6
-    np.testing.assert_allclose(lse, np.where(np.isinf(wanted_lse), 0, wanted_lse), atol=1e-5)
+    np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)
     grads = backward(kernels, case, q, k, v, out, lse, dout)
     wanted = oracle.attention_gradients(q, k, v, case.ranges, case.bias, case.prefix, dout)
     for found, gradient in zip(grads, wanted, strict=True):
         assert relative(found, gradient) < 2e-6 or np.abs(found - gradient).max() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_ranges(kernels, seed):
+    """Ranges in no order, overlapping, backwards, empty; several tiles and blocks, none of them whole."""
+    rng = np.random.default_rng(seed)
+    batch, kv_heads, group = rng.integers(1, 3), rng.integers(1, 3), rng.integers(1, 4)
+    dim = rng.choice([3, 20, 64, 100])
+    q_len, k_len = rng.integers(1, 230), rng.integers(2, 600)
+    heads = kv_heads * group
+    ranges = rng.integers(0, k_len + 1, (rng.choice([1, batch]), q_len, 2)).astype(np.int32)
+    ranges[:, : rng.integers(q_len)] = rng.choice([0, k_len])  # queries that see the prefix, if that
+    bias = (8 * rng.standard_normal((rng.choice([1, batch]), heads, k_len))).astype(np.float32) if seed % 2 else None
+    prefix = rng.choice([0, rng.integers(k_len), k_len])
+    case = oracle.Case(batch, q_len, k_len, heads, kv_heads, dim, ranges, bias, prefix)
+    q, k, v, dout = case.tensors(seed)
+    out, lse = forward(kernels, case, q, k, v)
+    wanted, wanted_lse = oracle.attention(q, k, v, ranges, bias, prefix)
+    assert relative(out, wanted) < 2e-6
+    np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)
+    wanted = oracle.attention_gradients(q, k, v, ranges, bias, prefix, dout)
+    for found, gradient in zip(backward(kernels, case, q, k, v, out, lse, dout), wanted, strict=True):
+        assert relative(found, gradient) < 4e-6
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,20 +126,33 @@ def test_the_oracles_gradients_are_finite_differences(name):
 
 
 def test_the_number_of_threads_changes_no_bit(kernels):
-    openmp = ctypes.CDLL("libgomp.so.1")
     case = oracle.Case(2, 700, 700, 6, 2, 64, oracle.causal_ranges(700, 700))
     q, k, v, dout = case.tensors()
-    threads, results = kernels.threads(), []
-    try:
-        for count in (1, 2, 3):
-            openmp.omp_set_num_threads(count)
-            out, lse = forward(kernels, case, q, k, v)
-            results.append([out, lse, *backward(kernels, case, q, k, v, out, lse, dout)])
-    finally:
-        openmp.omp_set_num_threads(threads)
-    for other in results[1:]:
-        for first, second in zip(results[0], other, strict=True):
+
+    def run():
+        out, lse = forward(kernels, case, q, k, v)
+        return [out, lse, *backward(kernels, case, q, k, v, out, lse, dout)]
+
+    one, *others = for_thread_counts(kernels, run)
+    for other in others:
+        for first, second in zip(one, other, strict=True):
             assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min, -1e6])
+def test_a_bias_may_hide_keys(kernels, lowest):
+    """As an additive mask would: what is left is attention over the other keys; a query with none gets 0."""
+    case = oracle.Case(1, 50, 50, 2, 2, 32, oracle.causal_ranges(50, 50), np.zeros((1, 2, 50), np.float32))
+    case.bias[..., :9] = lowest
+    q, k, v, dout = case.tensors()
+    out, lse = forward(kernels, case, q, k, v)
+    seen = oracle.causal_ranges(50, 50, kv_start=(9,))
+    first = 9 if lowest > -1e29 else 0  # a bias that is a mere number leaves the first queries what they have
+    assert relative(out[:, first:], oracle.attention(q, k, v, seen)[0][:, first:]) < 1e-6
+    dout[:, :first] = 0
+    grads = backward(kernels, case, q, k, v, out, lse, dout)
+    for found, gradient in zip(grads, oracle.attention_gradients(q, k, v, seen, None, 0, dout), strict=True):
+        assert relative(found, gradient) < 3e-6
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish(kernels):
@@ -149,10 +181,11 @@ def test_a_nan_comes_out_as_one(kernels):
     (8, 5, 16, 3, 3, 32, False),
     (16, 0, 64, 6, 2, 64, True),
     (100, 300, 512, 4, 4, 128, False),
+    (2, 600, 700, 4, 2, 33, True),
 ])  # fmt: skip
 def test_cached(kernels, tokens, start, cache, heads, kv_heads, dim, biased):
     rng = np.random.default_rng(0)
-    batch, kv_start = 3, np.array([0, 4, start], np.int32)
+    batch, kv_start = 5, np.array([0, 4, start, cache + 9, 2**31 - 1], np.int32)
     q = rng.standard_normal((batch, tokens, heads, dim), np.float32)
     k = rng.standard_normal((batch * kv_heads, cache, dim), np.float32)
     v = rng.standard_normal((batch * kv_heads, cache, dim), np.float32)
