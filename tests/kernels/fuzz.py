@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from bfloat16 import rounded, widened
 
 from llm_core.kernels import BFloat16, KernelError, Library
 
@@ -47,7 +48,7 @@ def size(rng: np.random.Generator, most: int = 90) -> int:
 
 
 def to_bf16(array: np.ndarray) -> BFloat16:
-    return BFloat16(((array.view(np.uint32) + 0x8000) >> 16).astype(np.uint16))
+    return BFloat16(rounded(array))
 
 
 def visible_ranges(rng, rows: int, queries: int, keys: int) -> np.ndarray:
@@ -96,7 +97,7 @@ def bits(array: Array) -> np.ndarray:
 
 def values(array: Array) -> np.ndarray:
     """Its numbers as NumPy knows them."""
-    return (array.bits.astype(np.uint32) << 16).view(np.float32) if isinstance(array, BFloat16) else array
+    return widened(array.bits) if isinstance(array, BFloat16) else array
 
 
 def attention_forward(rng, library: Library, bf16_storage: bool = False) -> Case:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attention_oracle as oracle
 import numpy as np
 import pytest
+from bfloat16 import rounded, widened
 from elementwise import relative
 from openmp_threads import for_thread_counts
 
@@ -12,16 +13,6 @@ from llm_core.kernels import BFloat16, KernelError
 
 CASES = oracle.cases()
 NONE = np.zeros(1, np.float32)
-
-
-def rounded(x: np.ndarray) -> np.ndarray:
-    """fp32 numbers to the nearest bfloat16, as their bits."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def widened(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def settings(case: oracle.Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -203,6 +194,20 @@ def test_cached(kernels, tokens, start, cache, heads, kv_heads, dim, biased):
     inside = [x[:, :seen].reshape(batch, kv_heads, seen, dim).transpose(0, 2, 1, 3) for x in (k, v)]
     wanted, _ = oracle.attention(q, *inside, ranges, bias[..., :seen] if biased else None)
     assert relative(out, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_the_number_of_threads_changes_no_bit_of_cached(kernels, tokens):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, tokens, 4, 64), np.float32)
+    k, v = (rng.standard_normal((4, 1600, 64), np.float32) for _ in range(2))
+    columns, out = np.arange(1500, 1500 + tokens, dtype=np.int32), np.empty_like(q)
+
+    def run():
+        kernels.call("attention_cached", q, k, v, columns, np.array([0, 700], np.int32), NONE, outputs=[out])
+        return out.tobytes()
+
+    assert len(set(for_thread_counts(kernels, run))) == 1
 
 
 def test_wrong_arguments_are_named(kernels):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fuzz
 import numpy as np
@@ -11,6 +15,21 @@ import pytest
 from llm_core.kernels import Library
 
 CASES = 3
+LITTLE_MEMORY = """
+import resource, sys
+import numpy as np
+from llm_core.kernels import KernelError, library
+kernels = library(sys.argv[1])
+x, weight = np.ones((512, 64), np.float32), np.ones((30000, 64), np.float32)
+labels, loss = np.zeros(512, np.int32), np.ones(1, np.float32)
+outputs = [loss, np.ones_like(x), np.ones_like(weight)]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 4_000_000,) * 2)  # the logits of a chunk take 30 MB
+try:
+    kernels.call("linear_cross_entropy", x, weight, labels, outputs=outputs)
+except KernelError as error:
+    print(error)
+"""
 
 
 def random_for(name: str, seed: int) -> np.random.Generator:
@@ -49,3 +68,10 @@ def test_callers_on_several_threads_do_not_meet(kernels: Library, names: list[st
     with ThreadPoolExecutor(3) as pool:
         for _ in range(3):
             assert list(pool.map(results, [cases(caller) for caller in range(3)])) == alone
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the process's size from")
+def test_too_little_memory_is_an_error(isa: str):
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, isa], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2])
+    assert done.stdout == "linear_cross_entropy: not enough memory for its scratch space\n", done.stderr[-2000:]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bfloat16 import to_bfloat16
 from openmp_threads import for_thread_counts
 
 from llm_core.kernels import KernelError, Library
@@ -46,12 +47,6 @@ def operators(kernels: Library, isa: str) -> Library:
     if isa != "avx512_bf16":
         pytest.skip(f"{isa} has no bfloat16")
     return kernels
-
-
-def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16, ties to even."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def factors(order: str, m: int, n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

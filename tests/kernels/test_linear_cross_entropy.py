@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bfloat16 import to_bfloat16
 from openmp_threads import for_thread_counts
 
 from llm_core.kernels import KernelError, Library
@@ -27,12 +28,6 @@ def linear_cross_entropy(x, weight, labels, rounded=lambda a: a) -> tuple[float,
     gradient[rows, labels[rows]] -= 1
     gradient = rounded(gradient)
     return loss, gradient @ weight, gradient.T @ x
-
-
-def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16, ties to even."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def problem(rows: int, width: int, vocabulary: int, ignored: float = 0.3) -> tuple[np.ndarray, ...]:
