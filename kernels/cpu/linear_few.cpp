@@ -52,7 +52,8 @@ KERNEL(linear_few) {
     if (c + kColumns <= columns) {
       all_rows<kColumns>(x, rows, weight + c * width, width, y + c, columns);
     } else {
-      for (int64_t last = c; last < columns; ++last) all_rows<1>(x, rows, weight + last * width, width, y + last, columns);
+      for (int64_t last = c; last < columns; ++last)
+        all_rows<1>(x, rows, weight + last * width, width, y + last, columns);
     }
   }
 }
