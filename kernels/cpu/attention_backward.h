@@ -204,7 +204,7 @@ struct Backward {
   };
 
   template <int VECS>
-  void scores(State& s, const Part& part, int64_t offset) const {
+  INLINE void scores(State& s, const Part& part, int64_t offset) const {
     vec c[kRows][VECS];
     clear(c);
     accumulate<T, kRows, VECS>(c, s.query_rows + part.row * row_words, row_words, 1, s.key_panels + offset, kPanel,
