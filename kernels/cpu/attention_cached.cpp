@@ -9,6 +9,7 @@
 // A prompt's many tokens go through the blocks of attention_forward. One or a few tokens are a matter of reading the
 // cache once: nothing is packed, and long caches are shared out in pieces of kPiece keys whose partial softmaxes are
 // merged in order (as "flash decoding" does), whatever the number of threads.
+#include "attention_few.h"
 #include "attention_forward.h"
 
 namespace run_llm {
@@ -64,66 +65,14 @@ CachedCall arguments(Args& args) {
   return cached;
 }
 
-/// Products of q with kLanes rows of keys, of which the first `count` exist, one a lane.
-INLINE vec products(const float* q, const float* keys, int64_t count, int64_t dim) {
-  vec block[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    const float* key = keys + (i < count ? i : 0) * dim;
-    vec sum{};
-    int64_t c = 0;
-    for (; c + kLanes <= dim; c += kLanes) sum += load(q + c) * load(key + c);
-    if (c < dim) sum += read_first(q + c, dim - c) * read_first(key + c, dim - c);
-    block[i] = sum;
-  }
-  transpose(block);
-  vec total = block[0];
-  for (int i = 1; i < kLanes; ++i) total += block[i];
-  return total;
-}
-
-/// sums[0 .. dim) = sum over `count` keys of weights[j] * values[j].
-void weighted_sum(const float* weights, const float* values, int64_t count, int64_t dim, float* sums) {
-  for (int64_t c = 0; c < dim; c += 4 * kLanes) {
-    vec sum[4] = {};
-    const int64_t left = dim - c;
-    for (int64_t j = 0; j < count; ++j) {
-      const vec weight = broadcast(weights[j]);
-      const float* value = values + j * dim + c;
-      for (int64_t v = 0; v < 4; ++v)
-        if (v * kLanes < left) sum[v] += weight * read_first(value + v * kLanes, left - v * kLanes);
-    }
-    for (int64_t v = 0; v < 4; ++v) write_first(sums + c + v * kLanes, sum[v], left - v * kLanes);
-  }
-}
-
-/// Partial softmax of one query over keys [begin, end): part = (largest score, sum of weights, weighted values [dim]).
+/// Partial softmax of one query over keys [begin, end), see partial_softmax.
 void piece(const CachedCall& cached, int64_t b, int64_t token, int64_t h, int64_t begin, int64_t end, float* part) {
   const AttentionCall<float>& call = cached.call;
-  const int64_t kv_head = h / (call.heads / call.kv_heads), count = end - begin;
-  const float* q = call.q.head(b, h)[token];
-  const float* keys = call.k.head(b, kv_head)[begin];
-  const float scale = call.scale();
+  const int64_t kv_head = h / (call.heads / call.kv_heads);
   float scores[kPiece + kLanes], bias[kPiece + kPanel];
   if (call.bias) call.copy_bias(b, h, begin, end, bias);
-  vec largest = broadcast(kNothingSeen);
-  for (int64_t j = 0; j < count; j += kLanes) {
-    vec score = products(q, keys + j * call.dim, count - j, call.dim);
-    if (call.bias) score += load(bias + j);
-    score *= broadcast(scale);
-    if (count - j < kLanes) score = lane_numbers() < static_cast<int32_t>(count - j) ? score : broadcast(kHidden);
-    largest = max(largest, score);
-    store(scores + j, score);
-  }
-  const float top = largest_of(largest);
-  vec total{};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const vec weight = exp(load(scores + j) - broadcast(top));
-    total += weight;
-    store(scores + j, weight);
-  }
-  part[0] = top;
-  part[1] = sum_of(total);
-  weighted_sum(scores, call.v.head(b, kv_head)[begin], count, call.dim, part + 2);
+  partial_softmax(call.q.head(b, h)[token], call.k.head(b, kv_head)[begin], call.v.head(b, kv_head)[begin], end - begin,
+                  call.dim, call.scale(), call.bias ? bias : nullptr, scores, part);
 }
 
 void few_tokens(const CachedCall& cached) {

@@ -27,6 +27,8 @@ enum ScratchSlot : int {
   kScratchAttentionQueries,
   kScratchAttentionScores,
   kScratchAttentionSums,
+  kScratchDecodeShared,
+  kScratchDecodeOwn,
   kScratchSlots,
 };
 

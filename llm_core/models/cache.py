@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llm_core import ops as core_ops
 from llm_core.models.alibi import AlibiBias
-from llm_core.models.decoder import CausalLM, SelfAttention
+from llm_core.models.decoder import Block, CausalLM, SelfAttention
+from llm_core.models.layers import Linear
 from llm_core.models.rope import RotaryAngles
+
+FEW_ROWS = 8  # new tokens for which reading the weights is what takes the time
 
 
 class CachedDecoder(nn.Cell):
@@ -21,6 +25,8 @@ class CachedDecoder(nn.Cell):
 
     A layer's keys are one parameter [B*Hkv*T, D]: heads lie outside positions, so attention reads the cache
     as it lies, and a new token writes B*Hkv rows.
+
+    Where the operators have one for a whole layer (`ops.decode_layer`), a few rows' next tokens go through it.
     """
 
     def __init__(self, net: CausalLM, batch_size: int, cache_length: int):
@@ -41,6 +47,9 @@ class CachedDecoder(nn.Cell):
         self.mask = core_ops.CacheMask(spec.head_dim)
         self.attention = core_ops.CachedAttention(spec.head_dim)
         self.update = ops.ScatterUpdate(use_locking=False)
+        self.whole_layer = None
+        if batch_size <= FEW_ROWS and _has_plain_layers(net):
+            self.whole_layer = core_ops.decode_layer(spec.norm_eps)
 
     def _cache(self, what: str, layers: int) -> ParameterTuple:
         shape = (self.batch * self.kv_heads * self.length, self.dim)
@@ -57,10 +66,12 @@ class CachedDecoder(nn.Cell):
             angles = self.angles(self._positions(columns, kv_start), start + width - kv_start.min())
         else:
             bias = self.alibi(self._positions(ops.arange(self.length), kv_start))
-        rows = (self.first_rows + columns).reshape(-1)
-        mask = self.mask(columns, kv_start, self.length, bias)
         decoder = self.net.model
         x = decoder.tok_embeddings(tokens.reshape(-1))
+        if width == 1 and self.whole_layer is not None:
+            return self.net.head(decoder.norm_out(self._whole_layers(x, angles, columns, kv_start)))
+        rows = (self.first_rows + columns).reshape(-1)
+        mask = self.mask(columns, kv_start, self.length, bias)
         i = 0
         for layer in decoder.layers:
             normed = layer.attention_norm(x)
@@ -68,6 +79,20 @@ class CachedDecoder(nn.Cell):
             i += 1
         last = x.reshape(batch, width, -1)[:, -1]
         return self.net.head(decoder.norm_out(last))
+
+    def _whole_layers(self, x: Tensor, angles: tuple, columns: Tensor, kv_start: Tensor) -> Tensor:
+        """All layers, an operator each: x [B, hidden] -> [B, hidden]."""
+        column = ops.cast(columns, ms.int32)
+        i = 0
+        for layer in self.net.model.layers:
+            attention, feed = layer.attention, layer.feed_forward
+            weights = (
+                layer.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight,
+                attention.wo.weight, layer.ffn_norm.weight, feed.w1.weight, feed.w3.weight, feed.w2.weight,
+            )  # fmt: skip
+            x = self.whole_layer(x, weights, self.keys[i], self.values[i], angles[0], angles[1], column, kv_start)
+            i += 1
+        return x
 
     def _positions(self, columns: Tensor, kv_start: Tensor) -> Tensor:
         """Of cache columns [S], counted from every row's first real token: int32 [B, S], 0 for padding."""
@@ -90,3 +115,17 @@ class CachedDecoder(nn.Cell):
         if x.shape[1] > 1:
             x = ops.transpose(x, (0, 2, 1, 3))
         return x.reshape(-1, self.dim)
+
+
+def _has_plain_layers(net: CausalLM) -> bool:
+    """Whether the layers are of the kind that `ops.decode_layer` computes, with the model's own linear layers."""
+    spec = net.spec
+    if (spec.norm, spec.residual, spec.position, spec.mlp) != ("rms", "sequential", "rope", "swiglu"):
+        return False
+    return not spec.qkv_concat and all(_is_plain(layer) for layer in net.model.layers)
+
+
+def _is_plain(layer: Block) -> bool:
+    attention, feed = layer.attention, layer.feed_forward
+    linears = (attention.wq, attention.wk, attention.wv, attention.wo, feed.w1, feed.w3, feed.w2)
+    return all(type(linear) is Linear and linear.bias is None for linear in linears)

@@ -41,7 +41,9 @@ OPERATORS = (
     "SwiGlu",
     "TokenNll",
 )
-__all__ = ["OPERATORS", "Backend", "Dropout", "DropoutMask", "backend", "describe", "dropout_key", *OPERATORS]
+__all__ = [
+    "OPERATORS", "Backend", "Dropout", "DropoutMask", "backend", "decode_layer", "describe", "dropout_key", *OPERATORS,
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ def backend() -> Backend:
     # A compiled graph holds the path of its operators' library, whose name changes with its sources.
     runtime.add_to_graph_keys("operators", [chosen.name, str(chosen.library)])
     return chosen
+
+
+def decode_layer(eps: float) -> Any:
+    """The Cell that computes a whole decoder layer for one new token, or None where there is none of the kind."""
+    made = getattr(backend().operators, "DecodeLayer", None)
+    return None if made is None else made(eps)
 
 
 def _choose() -> Backend:

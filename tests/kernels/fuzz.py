@@ -131,6 +131,20 @@ def attention_cached(rng, library) -> Case:
     return Case(inputs, [blank(batch, tokens, heads, dim)], wild=[3, 4])
 
 
+def decode_layer(rng, library) -> Case:
+    rows, kv_heads, group, dim = rng.integers(1, 9), rng.integers(1, 3), rng.integers(1, 4), 2 * rng.integers(1, 40)
+    hidden, ffn, cache, tables = size(rng, 300), size(rng, 300), size(rng, 700), rng.integers(0, 2)
+    q_size, kv_size, tables = kv_heads * group * dim, kv_heads * dim, rows if tables else 1
+    shapes = [(rows, hidden), (hidden,), (q_size, hidden), (kv_size, hidden), (kv_size, hidden), (hidden, q_size),
+              (hidden,), (ffn, hidden), (ffn, hidden), (hidden, ffn)]
+    inputs = [numbers(rng, *shape, scale=0.2) for shape in shapes]
+    inputs += [numbers(rng, rows * kv_heads * cache, dim) for _ in range(2)]
+    inputs += [numbers(rng, tables, 1, 1, dim) for _ in range(2)]
+    inputs += [np.array([rng.integers(0, cache)], np.int32), rng.integers(0, cache, rows).astype(np.int32),
+               np.array([1e-6], np.float32)]
+    return Case(inputs, [blank(rows, hidden)], written=inputs[10:12], wild=[14, 15])
+
+
 def rms_norm_forward(rng, library) -> Case:
     rows, width = size(rng), size(rng, 900)
     inputs = [numbers(rng, rows, width), numbers(rng, width), np.array([1e-6], np.float32)]
@@ -258,6 +272,7 @@ OPERATORS: dict[str, Callable[..., Case]] = {
     "linear_cross_entropy_forward": linear_cross_entropy(False),
     "linear_cross_entropy_forward_bf16": linear_cross_entropy(False),
     "linear_few": gemm(False, True),
+    "decode_layer": decode_layer,
     "gemm_bf16_nt": gemm(False, True),
     "gemm_bf16_nn": gemm(False, False),
     "gemm_bf16_tn": gemm(True, False),
