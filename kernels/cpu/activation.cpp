@@ -1,6 +1,5 @@
 // SwiGLU (arXiv 2002.05202) and GELU in its exact form (arXiv 1606.08415), with their gradients.
-#include "loops.h"
-#include "math.h"
+#include "layer_rows.h"
 
 namespace run_llm {
 
@@ -11,10 +10,7 @@ KERNEL(swiglu_forward) {
   auto y = args.output<float>("y", "N F");
   args.done();
   each_block(args.size("N") * args.size("F"), [&](int64_t begin, int64_t end) {
-    each_aligned_vector(y, begin, end, [&](int64_t i, auto at) {
-      const vec g = at.load(gate + i);
-      at.store(y + i, g * sigmoid(g) * at.load(up + i));
-    });
+    swiglu_row(gate, up, y, begin, end);
   });
 }
 

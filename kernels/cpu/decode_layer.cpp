@@ -1,8 +1,8 @@
 // One decoder layer for one new token in each of a few rows: what generating text repeats for every token.
 //
-//   decode_layer(x [N H], attention_norm [H], wq [Q H], wk [C H], wv [C H], wo [H Q], ffn_norm [H], w1 [F H], w3 [F H],
-//                w2 [H F], keys [R D], values [R D], cos [A 1 1 D], sin [A 1 1 D], column int32 [1], kv_start int32 [N],
-//                eps [1]) -> y [N H]
+//   decode_layer(x [N H], attention_norm [H], wq [Q H], wk [C H], wv [C H], wo [H Q], ffn_norm [H], w1 [F H],
+//                w3 [F H], w2 [H F], keys [R D], values [R D], cos [A 1 1 D], sin [A 1 1 D], column int32 [1],
+//                kv_start int32 [N], eps [1]) -> y [N H]
 //
 // of the sequential kind (Llama): x + attention(RMSNorm(x)), then + SwiGLU(RMSNorm(.)), without biases. The new keys
 // and values are written IN PLACE into column `column` of the cache, R = N * (C / D) * T rows with heads outside
@@ -18,7 +18,7 @@
 
 #include "attention_few.h"
 #include "few_rows.h"
-#include "math.h"
+#include "layer_rows.h"
 #include "scratch.h"
 
 namespace run_llm {
@@ -67,15 +67,7 @@ struct Layer {
   }
 
   void norm(const float* in, const float* weight, float* out) const {
-    for (int64_t row = 0; row < rows; ++row, in += hidden, out += hidden) {
-      float square[1];
-      sum_vectors(hidden, square, [&](int64_t i, auto at, vec* sums) {
-        const vec value = at.load(in + i);
-        sums[0] += value * value;
-      });
-      const float r = 1.f / std::sqrt(square[0] / static_cast<float>(hidden) + eps);
-      each_vector(0, hidden, [&](int64_t i, auto at) { at.store(out + i, at.load(in + i) * r * at.load(weight + i)); });
-    }
+    for (int64_t row = 0; row < rows; ++row) rms_norm_row(in + row * hidden, weight, hidden, eps, out + row * hidden);
   }
 
   /// This thread's columns of in weight^T.
@@ -96,11 +88,7 @@ struct Layer {
   void turn(int64_t row, const float* from, float* to) const {
     const int64_t half = dim / 2;
     const float *c = cos + (tables == 1 ? 0 : row) * dim, *s = sin + (tables == 1 ? 0 : row) * dim;
-    each_vector(0, half, [&](int64_t i, auto at) {
-      const vec low = at.load(from + i), high = at.load(from + half + i);
-      at.store(to + i, low * at.load(c + i) + high * at.load(s + i));
-      at.store(to + half + i, high * at.load(c + half + i) + low * at.load(s + half + i));
-    });
+    turn_head(from, to, half, c, s, s + half);
   }
 
   /// One head of new keys and values into the cache.
@@ -145,11 +133,8 @@ struct Layer {
     product(normed, hidden, w3, ffn, activated + rows * ffn);
     const Share columns = share(ffn, kFewColumns);
     for (int64_t row = 0; row < rows; ++row) {
-      float *gate = activated + row * ffn, *up = activated + (rows + row) * ffn;
-      each_vector(columns.first, columns.last, [&](int64_t i, auto at) {
-        const vec g = at.load(gate + i);
-        at.store(gate + i, g * sigmoid(g) * at.load(up + i));
-      });
+      float* gate = activated + row * ffn;
+      swiglu_row(gate, activated + (rows + row) * ffn, gate, columns.first, columns.last);
     }
     meeting.wait();
     product_added(activated, ffn, w2, middle, y);

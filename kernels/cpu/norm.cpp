@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "loops.h"
+#include "layer_rows.h"
 
 namespace run_llm {
 namespace {
@@ -40,18 +40,7 @@ KERNEL(rms_norm_forward) {
   const int64_t rows = args.size("N"), width = args.size("D");
 #pragma omp parallel for schedule(static) if (rows * width >= kParallelFrom)
   for (int64_t row = 0; row < rows; ++row) {
-    const float* in = x + row * width;
-    float* out = y + row * width;
-    float square[1];
-    sum_vectors(width, square, [&](int64_t i, auto at, vec* sums) {
-      const vec value = at.load(in + i);
-      sums[0] += value * value;
-    });
-    const float r = 1.f / std::sqrt(square[0] / static_cast<float>(width) + eps);
-    rstd[row] = r;
-    each_aligned_vector(out, 0, width, [&](int64_t i, auto at) {
-      at.store(out + i, at.load(in + i) * r * at.load(weight + i));
-    });
+    rstd[row] = rms_norm_row(x + row * width, weight, width, eps, y + row * width);
   }
 }
 

@@ -1,21 +1,15 @@
 // Rotary positions (arXiv 2104.09864) for queries and keys at once: channels i and i + D/2 of every head are a pair
 // that is turned by an angle of its position.
-#include "loops.h"
+#include "layer_rows.h"
 
 namespace run_llm {
 namespace {
 
-/// The heads [count, 2 * half] of one position: y = x * cos + (upper half of x, lower half of x) * sin, where
-/// sin is given in its two halves.
+/// The heads [count, 2 * half] of one position.
 INLINE void turn_heads(const float* x, float* y, int64_t count, int64_t half, const float* cos, const float* sin_low,
                        const float* sin_high) {
-  for (int64_t head = 0; head < count; ++head, x += 2 * half, y += 2 * half) {
-    each_vector(0, half, [&](int64_t i, auto at) {
-      const vec low = at.load(x + i), high = at.load(x + half + i);
-      at.store(y + i, low * at.load(cos + i) + high * at.load(sin_low + i));
-      at.store(y + half + i, high * at.load(cos + half + i) + low * at.load(sin_high + i));
-    });
-  }
+  for (int64_t head = 0; head < count; ++head, x += 2 * half, y += 2 * half)
+    turn_head(x, y, half, cos, sin_low, sin_high);
 }
 
 /// The gradient is the same turn with the halves of sin exchanged: the transposed matrix of each pair.

@@ -7,7 +7,7 @@ name is decided here, once a process, when the first of them is asked for:
     ascend     MindSpore's fused operators for Ascend
     reference  plain MindSpore operators, which run on every device; the oracle that the others are tested against
 
-An implementation is a package with every name of `OPERATORS`. One that does not take a shape hands out the
+An implementation is a package with every name of the reference's. One that does not take a shape hands out the
 reference's Cell for it; `describe` says so.
 """
 
@@ -22,25 +22,10 @@ from types import ModuleType
 from typing import Any
 
 from llm_core import kernels, runtime
+from llm_core.ops import reference
 from llm_core.ops.reference.dropout import Dropout, DropoutMask, dropout_key
 
-OPERATORS = (
-    "AdamUpdate",
-    "Attention",
-    "AttentionMask",
-    "CacheMask",
-    "CachedAttention",
-    "EmbeddingLookup",
-    "Gelu",
-    "LayerNorm",
-    "LinearNll",
-    "LinearProduct",
-    "RmsNorm",
-    "Rope",
-    "SquaredNorm",
-    "SwiGlu",
-    "TokenNll",
-)
+OPERATORS = tuple(name for name in reference.__all__ if not name.endswith("_refusal"))
 __all__ = [
     "OPERATORS", "Backend", "Dropout", "DropoutMask", "backend", "decode_layer", "describe", "dropout_key", *OPERATORS,
 ]  # fmt: skip
