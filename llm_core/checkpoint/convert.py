@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +15,10 @@ from llm_core.checkpoint.hf import family_hint, to_hf
 from llm_core.checkpoint.locate import weight_files
 from llm_core.checkpoint.manifest import Version, commit_with_manifest
 from llm_core.checkpoint.qkv import ConcatView, joined_of, parts_of
-from llm_core.checkpoint.staged import StagedFile, check_room, environment_faults, make_folder, write_json
+from llm_core.checkpoint.staged import NewFolder, StagedFile, write_json
 from llm_core.checkpoint.state_names import is_state
 from llm_core.checkpoint.weights import WeightFiles, open_weights
 from llm_core.config.hf_folder import is_hf_folder, model_config_to_hf, read_hf_config
-from llm_core.disk import fsync
 from llm_core.errors import UserError
 from llm_core.report.console import console
 
@@ -77,7 +74,7 @@ def to_hugging_face(
         view = _projections(_llama_weights(weights, source), joined=False)
         heads = {name: _as_type(head, dtype) for name, head in view.heads.items()}
         hf_config = _config_for(view, heads, source, config, weights.metadata)
-        with _new_folder(target, sum(head.nbytes for head in heads.values())) as folder:
+        with NewFolder(target, sum(head.nbytes for head in heads.values())) as folder:
             _write_shards(folder, view, heads, max_shard_size)
             write_json(folder / "config.json", hf_config)
             folder.commit()
@@ -216,32 +213,7 @@ def _is_tied(view: ConcatView, said: bool) -> bool:
 # ---- a Hugging Face folder
 
 
-class _new_folder:
-    """A folder filled under a temporary name; `commit` gives it its own. Without commit it is removed."""
-
-    def __init__(self, target: Path, needed: int):
-        self._target = target
-        make_folder(target.parent)
-        check_room(target, needed)
-        self._path = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> _new_folder:
-        make_folder(self._path)
-        return self
-
-    def __truediv__(self, name: str) -> Path:
-        return self._path / name
-
-    def commit(self) -> None:
-        with environment_faults(self._target):
-            os.replace(self._path, self._target)
-            fsync(self._target.parent)
-
-    def __exit__(self, *_) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
-
-
-def _write_shards(folder: _new_folder, view: ConcatView, heads: Mapping[str, Head], max_shard_size: int) -> None:
+def _write_shards(folder: NewFolder, view: ConcatView, heads: Mapping[str, Head], max_shard_size: int) -> None:
     shards = _shards(heads, max_shard_size)
     read = _reader(view, heads, len(heads))
     index: dict[str, str] = {}

@@ -134,6 +134,37 @@ def write_json(path: Path, content: dict, sync: bool = True) -> None:
         staged.commit(sync)
 
 
+class NewFolder:
+    """A folder filled under a temporary name; `commit` gives it its own. Without commit it is removed.
+
+    >>> with NewFolder(target, needed=bytes_to_come) as folder:
+    ...     write_json(folder / "config.json", content)
+    ...     folder.commit()
+    """
+
+    def __init__(self, target: Path, needed: int):
+        self._target = target
+        make_folder(target.parent)
+        check_room(target, needed)
+        self._path = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+    def __enter__(self) -> NewFolder:
+        make_folder(self._path)
+        return self
+
+    def __truediv__(self, name: str) -> Path:
+        return self._path / name
+
+    def commit(self) -> None:
+        """Give the folder its name; a target that exists must be empty."""
+        with environment_faults(self._target):
+            os.replace(self._path, self._target)
+            fsync(self._target.parent)
+
+    def __exit__(self, *_) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
 def remove_stale(folder: Path) -> None:
     """Remove the temporary files that a killed run left in `folder`. Only the run that owns the folder may."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
