@@ -72,7 +72,7 @@ class Chunk {
   }
 
   /// The logits of a block become their gradient, which is multiplied by W into dx (added unless first is 0) and by
-  /// x into dweight (added where `add`).
+  /// x into dweight (added where `add`), unless that is null: the weights are frozen.
   template <class T>
   void add_gradients(int64_t first, int64_t count, float* dx, float* dweight, bool add) {
     float* block = logits_ + first;
@@ -84,6 +84,7 @@ class Chunk {
     }
     gemm<T>(false, false, count_, width(), count, block, stride_, problem_.weight + first * width(), width(), dx,
             width(), first > 0);
+    if (dweight == nullptr) return;
     gemm<T>(true, false, count, width(), count_, block, stride_, x_, width(), dweight + first * width(), width(), add);
   }
 
@@ -111,17 +112,18 @@ int64_t chunk_rows(const Problem& problem) {
   return (supervised + chunks - 1) / chunks;  // of equal size
 }
 
+/// frozen: nobody asks for dweight, which is a third of the work, and as large as W.
 template <class T>
-void forward_and_backward(Args& args) {
+void forward_and_backward(Args& args, bool frozen) {
   const Problem problem(args);
   float* loss = args.output<float>("loss", "1");
   float* dx = args.output<float>("dx", "N H");
-  float* dweight = args.output<float>("dweight", "V H");
+  float* dweight = frozen ? nullptr : args.output<float>("dweight", "V H");
   args.done();
   const int64_t width = problem.width, vocabulary = problem.vocabulary;
   const int64_t rows = static_cast<int64_t>(problem.supervised.size()), most = chunk_rows(problem);
   if (rows < problem.rows) std::memset(dx, 0, sizeof(float) * problem.rows * width);
-  if (rows == 0) std::memset(dweight, 0, sizeof(float) * vocabulary * width);
+  if (rows == 0 && !frozen) std::memset(dweight, 0, sizeof(float) * vocabulary * width);
 
   float* logits = scratch<float>(kScratchLossLogits, most * vocabulary);
   float* chunk_x = scratch<float>(kScratchLossRows, 2 * most * width);
@@ -166,15 +168,19 @@ void forward_only(Args& args) {
 
 /// x [N H], weight [V H], labels [N] (negative: ignored) -> loss [1], the sum over the supervised rows, and its
 /// gradients dx [N H], dweight [V H].
-KERNEL(linear_cross_entropy) { forward_and_backward<Fp32>(args); }
+KERNEL(linear_cross_entropy) { forward_and_backward<Fp32>(args, false); }
+/// The same inputs -> loss [1], dx [N H].
+KERNEL(linear_cross_entropy_frozen) { forward_and_backward<Fp32>(args, true); }
 /// The same inputs -> loss [1].
 KERNEL(linear_cross_entropy_forward) { forward_only<Fp32>(args); }
 
 // The same with the factors of all products rounded to bfloat16.
 #if defined(__AVX512BF16__)
-KERNEL(linear_cross_entropy_bf16) { forward_and_backward<Bf16>(args); }
+KERNEL(linear_cross_entropy_bf16) { forward_and_backward<Bf16>(args, false); }
+KERNEL(linear_cross_entropy_frozen_bf16) { forward_and_backward<Bf16>(args, true); }
 KERNEL(linear_cross_entropy_forward_bf16) { forward_only<Bf16>(args); }
 #else
 KERNEL(linear_cross_entropy_bf16) { args.require(false, "this library", "the product needs AVX512_BF16"); }
+KERNEL(linear_cross_entropy_frozen_bf16) { args.require(false, "this library", "the product needs AVX512_BF16"); }
 KERNEL(linear_cross_entropy_forward_bf16) { args.require(false, "this library", "the product needs AVX512_BF16"); }
 #endif

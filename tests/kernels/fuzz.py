@@ -226,12 +226,19 @@ def cross_entropy_backward(rng, library) -> Case:
     return Case([logits, labels, lse, numbers(rng, 1)], [blank(1)], written=[logits], wild=[1])
 
 
-def linear_cross_entropy(gradients: bool) -> Callable[..., Case]:
+def linear_cross_entropy(gradients: int) -> Callable[..., Case]:
     def make(rng, library) -> Case:
         rows, width, vocab = size(rng, 300), size(rng), size(rng, 900)
         inputs = [numbers(rng, rows, width), numbers(rng, vocab, width), labelled(rng, rows, vocab)]
-        return Case(inputs, [blank(1), *([blank(rows, width), blank(vocab, width)] if gradients else [])], wild=[2])
+        return Case(inputs, [blank(1), blank(rows, width), blank(vocab, width)][: 1 + gradients], wild=[2])
     return make
+
+
+def dropout(rng, library) -> Case:
+    rows, width = size(rng, 300), size(rng, 300)
+    key = rng.integers(-(2**31), 2**31, 2).astype(np.int32)
+    place = np.array([rng.integers(-(2**31), 2**31), rng.choice([0, 1, 6554, 65535])], np.int32)
+    return Case([numbers(rng, rows, width), key, place], [blank(rows, width)], wild=[1, 2])
 
 
 def gemm(trans_a: bool, trans_b: bool) -> Callable[..., Case]:
@@ -267,10 +274,13 @@ OPERATORS: dict[str, Callable[..., Case]] = {
     "squared_norm": squared_norm,
     "cross_entropy_forward": cross_entropy_forward,
     "cross_entropy_backward": cross_entropy_backward,
-    "linear_cross_entropy": linear_cross_entropy(True),
-    "linear_cross_entropy_bf16": linear_cross_entropy(True),
-    "linear_cross_entropy_forward": linear_cross_entropy(False),
-    "linear_cross_entropy_forward_bf16": linear_cross_entropy(False),
+    "linear_cross_entropy": linear_cross_entropy(2),
+    "linear_cross_entropy_bf16": linear_cross_entropy(2),
+    "linear_cross_entropy_frozen": linear_cross_entropy(1),
+    "linear_cross_entropy_frozen_bf16": linear_cross_entropy(1),
+    "linear_cross_entropy_forward": linear_cross_entropy(0),
+    "linear_cross_entropy_forward_bf16": linear_cross_entropy(0),
+    "dropout": dropout,
     "linear_few": gemm(False, True),
     "decode_layer": decode_layer,
     "gemm_bf16_nt": gemm(False, True),

@@ -40,11 +40,18 @@ def problem(rows: int, width: int, vocabulary: int, ignored: float = 0.3) -> tup
 
 
 def run(kernels: Library, x, weight, labels, suffix: str = "") -> list[np.ndarray]:
-    """The loss from the forward alone, then loss, dx and dweight; outputs start as NaN."""
+    """The loss from the forward alone, then loss, dx and dweight; outputs start as NaN.
+
+    With frozen weights loss and dx are the same, to the bit.
+    """
     alone, loss = np.full(1, np.nan, np.float32), np.full(1, np.nan, np.float32)
     dx, dweight = np.full_like(x, np.nan), np.full_like(weight, np.nan)
     kernels.call("linear_cross_entropy_forward" + suffix, x, weight, labels, outputs=[alone])
     kernels.call("linear_cross_entropy" + suffix, x, weight, labels, outputs=[loss, dx, dweight])
+    frozen = [np.full_like(loss, np.nan), np.full_like(x, np.nan)]
+    kernels.call("linear_cross_entropy_frozen" + suffix, x, weight, labels, outputs=frozen)
+    np.testing.assert_array_equal(frozen[0], loss)
+    np.testing.assert_array_equal(frozen[1], dx)
     return [alone, loss, dx, dweight]
 
 

@@ -211,7 +211,7 @@ class TestTokenLoss:
         chosen = np.log(softmax(x @ weight.T))[np.arange(len(labels)), np.maximum(labels, 0)]
         return -(chosen * (labels >= 0)).sum()
 
-    def loss_only(self, fused, training):
+    def loss_only(self, fused, training, frozen=False):
         from mindspore import nn
 
         operators = self.core_ops
@@ -219,7 +219,7 @@ class TestTokenLoss:
         class Loss(nn.Cell):
             def __init__(self):
                 super().__init__(auto_prefix=False)
-                self.nll = operators.LinearNll() if fused else operators.TokenNll()
+                self.nll = operators.LinearNll(frozen=frozen) if fused else operators.TokenNll()
                 self.product = operators.LinearProduct()
                 self.set_train(training)
 
@@ -243,6 +243,17 @@ class TestTokenLoss:
         gradient = ms.ops.GradOperation()(self.loss_only(fused, True))(*arguments).asnumpy()
         assert (gradient[self.labels < 0] == 0).all()
         assert (gradient[self.labels >= 0] != 0).any()
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_frozen_head_changes_neither_loss_nor_gradient(self, training):
+        import mindspore as ms
+
+        arguments = tensors([normal(6, 9), normal(11, 9), self.labels])
+        cells = [self.loss_only(True, training, frozen) for frozen in (False, True)]
+        plain, frozen = (cell(*arguments).asnumpy() for cell in cells)
+        assert plain == frozen
+        plain, frozen = (ms.ops.GradOperation()(cell)(*arguments).asnumpy() for cell in cells)
+        np.testing.assert_array_equal(plain, frozen)
 
     def test_count_of_supervised_tokens(self):
         _, count = self.core_ops.LinearNll()(*tensors([normal(6, 9), normal(11, 9), self.labels]))

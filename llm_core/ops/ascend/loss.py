@@ -23,9 +23,12 @@ class TokenNll(nn.Cell):
 
 
 class LinearNll(nn.Cell):
-    """TokenNll of the logits x weight^T: x fp32 [N, H], weight fp32 [V, H], labels int32 [N] -> (fp32 [], fp32 [])."""
+    """TokenNll of the logits x weight^T: x fp32 [N, H], weight fp32 [V, H], labels int32 [N] -> (fp32 [], fp32 []).
 
-    def __init__(self, bf16: bool = False):
+    frozen: a promise that nobody asks for the gradient to weight.
+    """
+
+    def __init__(self, bf16: bool = False, frozen: bool = False):
         super().__init__(auto_prefix=False)
         self.product = LinearProduct(bf16)
         self.nll = TokenNll()

@@ -42,13 +42,14 @@ class LinearNll(nn.Cell):
     """As the reference's: TokenNll of the logits x weight^T, of which only a few rows exist at a time.
 
     x fp32 [N, H], weight fp32 [V, H], labels int32 [N] -> (fp32 [], fp32 []). In training (`set_train`) the gradients
-    are computed together with the loss, for they need the same logits; otherwise only the loss is.
+    are computed together with the loss, for they need the same logits; otherwise only the loss is. frozen: nobody asks
+    for the gradient to weight, which is then none at all.
     """
 
-    def __init__(self, bf16: bool = False):
+    def __init__(self, bf16: bool = False, frozen: bool = False):
         super().__init__(auto_prefix=False)
         suffix = "_bf16" if bf16 and not bf16_refusal() else ""
-        self.with_gradients = _LinearNllWithGradients(suffix)
+        self.with_gradients = _FrozenLinearNll(suffix) if frozen else _LinearNllWithGradients(suffix)
         self.alone = _LinearNll(suffix)
 
     def construct(self, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,22 @@ class _LinearNllWithGradients(nn.Cell):
 
     def _scaled(self, gradient, factor):
         return ops.depend(gradient, self.scale(gradient, factor))
+
+
+class _FrozenLinearNll(nn.Cell):
+    """The loss [1] and its gradient to x; that to weight is zeros, which no graph computes that does not use them."""
+
+    def __init__(self, suffix: str):
+        super().__init__(auto_prefix=False)
+        self.forward = kernel(f"linear_cross_entropy_frozen{suffix}", lambda x, weight, labels: ([1], x), 2)
+        self.scale = kernel("scale_in_place", lambda x, factor: [1], in_place=True)
+
+    def construct(self, x, weight, labels):
+        return self.forward(x, weight, labels)
+
+    def bprop(self, x, weight, labels, out, dout):
+        dx = ops.depend(out[1], self.scale(out[1], dout[0]))
+        return dx, ops.zeros_like(weight), ops.zeros_like(labels)
 
 
 class _LinearNll(nn.Cell):
