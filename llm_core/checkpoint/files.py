@@ -10,12 +10,16 @@ import numpy as np
 
 from llm_core.checkpoint.ckpt_file import CkptFile, ckpt_size, write_ckpt
 from llm_core.checkpoint.dtypes import Head
+from llm_core.checkpoint.gguf import GgufFile
 from llm_core.checkpoint.safetensors_file import SafetensorsFile, safetensors_size, write_safetensors
 from llm_core.checkpoint.staged import StagedFile
 from llm_core.checkpoint.torch_file import TorchFile
 from llm_core.errors import UserError
 
-_READERS = {".safetensors": SafetensorsFile, ".ckpt": CkptFile, ".bin": TorchFile, ".pth": TorchFile, ".pt": TorchFile}
+_READERS = {
+    ".safetensors": SafetensorsFile, ".ckpt": CkptFile, ".gguf": GgufFile,
+    ".bin": TorchFile, ".pth": TorchFile, ".pt": TorchFile,
+}  # fmt: skip
 WRITABLE = (".safetensors", ".ckpt")
 
 
