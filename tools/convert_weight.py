@@ -3,6 +3,8 @@
 
 python tools/convert_weight.py --model llama --input_path HF_FOLDER --output_path llama.safetensors --dtype fp32
 python tools/convert_weight.py --model llama --input_path llama.safetensors --output_path HF_FOLDER --reversed
+python tools/convert_weight.py --model falcon --input_path HF_FOLDER --output_path falcon.ckpt
+python tools/convert_weight.py --model llama --input_path model.gguf --output_path HF_FOLDER
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llm_core.checkpoint.convert import to_hugging_face, to_mindformers  # noqa: E402
 from llm_core.checkpoint.dtypes import FLAG_NAMES  # noqa: E402
+from llm_core.checkpoint.files import WRITABLE  # noqa: E402
+from llm_core.config.hf_keys import FAMILIES  # noqa: E402
 from llm_core.errors import EnvironmentFault, UserError  # noqa: E402
 from llm_core.report.console import console  # noqa: E402
 
@@ -36,18 +40,29 @@ def _flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
+def _is_gguf_to_folder(source: str, target: str) -> bool:
+    """Whether a GGUF file is to become a Hugging Face folder: where no file to write is named."""
+    return source.endswith(".gguf") and Path(target).suffix not in WRITABLE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Convert Llama weights between Hugging Face's (or Meta's) form and MindFormers'.",
+        description="Convert weights between Hugging Face's (or Meta's) form and MindFormers'.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", choices=("llama",), required=True, help="the family of the weights")
+    parser.add_argument(
+        "--model", choices=tuple(FAMILIES), required=True,
+        help="the family of the weights, by the model_type of Hugging Face's config.json (Yi is a llama)",
+    )  # fmt: skip
     parser.add_argument(
         "--input_path", required=True,
-        help="a Hugging Face folder or one of its files (safetensors, .bin), Meta's folder, or a MindFormers "
-        ".safetensors, .ckpt or output folder",
+        help="a Hugging Face folder or one of its files (safetensors, .bin), Meta's folder, a .gguf file, or a "
+        "MindFormers .safetensors, .ckpt or output folder",
     )  # fmt: skip
-    parser.add_argument("--output_path", required=True, help=".safetensors or .ckpt file; with --reversed a new folder")
+    parser.add_argument(
+        "--output_path", required=True,
+        help=".safetensors or .ckpt file; a new folder with --reversed, or for a .gguf (tokenizer included)",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=FLAG_NAMES, help="type of the written weights (default: as they are)")
     parser.add_argument("--reversed", action="store_true", help="from MindFormers' form to Hugging Face's")
     parser.add_argument(
@@ -65,15 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the conversion; returns the exit code."""
     parser = _parser()
     flags = parser.parse_args(argv)
-    if flags.reversed and flags.qkv_concat:
-        parser.error("--qkv_concat: Hugging Face's form has no joined projections; leave it out with --reversed")
+    to_folder = flags.reversed or _is_gguf_to_folder(flags.input_path, flags.output_path)
+    if to_folder and flags.qkv_concat:
+        parser.error("--qkv_concat: a Hugging Face folder has no joined projections; leave it out")
     try:
-        if flags.reversed:
+        if to_folder:
             written = to_hugging_face(
-                flags.input_path, flags.output_path, flags.dtype, flags.config, flags.max_shard_size
+                flags.input_path, flags.output_path, flags.dtype, flags.config, flags.max_shard_size, flags.model
             )
         else:
-            written = to_mindformers(flags.input_path, flags.output_path, flags.dtype, flags.qkv_concat)
+            written = to_mindformers(
+                flags.input_path, flags.output_path, flags.dtype, flags.qkv_concat, flags.model
+            )
     except UserError as error:
         console.error(str(error))
         return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,39 +10,43 @@ import numpy as np
 
 from llm_core.checkpoint.dtypes import BY_NAME, FLAG_NAMES, Head, check_fits
 from llm_core.checkpoint.files import WRITABLE, file_size, write_tensors
-from llm_core.checkpoint.hf import family_hint, to_hf
-from llm_core.checkpoint.locate import weight_files
+from llm_core.checkpoint.hf import family_hint, is_parameter
+from llm_core.checkpoint.hf_config import config_for, hf_config_metadata
+from llm_core.checkpoint.hf_fused import HfView, QkvLayout
 from llm_core.checkpoint.manifest import Version, commit_with_manifest
 from llm_core.checkpoint.qkv import ConcatView, joined_of, parts_of
 from llm_core.checkpoint.staged import NewFolder, StagedFile, write_json
 from llm_core.checkpoint.state_names import is_state
 from llm_core.checkpoint.weights import WeightFiles, open_weights
-from llm_core.config.hf_folder import is_hf_folder, model_config_to_hf, read_hf_config
+from llm_core.config.hf_folder import family_of, has_two_norms, hf_config_to_model_config, qkv_grouping
 from llm_core.errors import UserError
 from llm_core.report.console import console
 
-_HF_CONFIG = "hf_config"  # key of a safetensors file's metadata: the config.json that the weights came with
-
 
 def to_mindformers(
-    source: str | Path, target: str | Path, dtype: str | None = None, qkv_concat: bool = False
+    source: str | Path,
+    target: str | Path,
+    dtype: str | None = None,
+    qkv_concat: bool = False,
+    family: str | None = None,
 ) -> Path:
     """Write the weights of `source` as one file under MindFormers' names, with a manifest, and return its path.
 
-    source: anything `open_weights` takes. target: a .safetensors or .ckpt file; a folder gets llama.safetensors.
-    dtype: fp32, bf16, fp16 or None, as stored. qkv_concat: join wq, wk, wv and w1, w3. UserError for bad input.
+    source: anything `open_weights` takes. target: a .safetensors or .ckpt file; a folder gets FAMILY.safetensors.
+    dtype: fp32, bf16, fp16 or None, as stored. qkv_concat: join wq, wk, wv and w1, w3. family: the model_type that a
+    config.json beside the source must have, None = any. UserError for bad input.
     """
     target = Path(target)
     if not target.suffix or target.is_dir():
-        target = target / "llama.safetensors"
+        target = target / f"{family or 'llama'}.safetensors"
     if target.suffix not in WRITABLE:
         raise UserError(f"--output_path: {target}: the name must end in {' or '.join(WRITABLE)}")
     weights = open_weights(source)
     try:
         weights.verify()
-        view = _projections(_llama_weights(weights, source), joined=qkv_concat)
+        view = _projections(_model_weights(weights, source), joined=qkv_concat)
         heads = {name: _as_type(head, dtype) for name, head in view.heads.items()}
-        metadata = {"format": "ms", **_hf_config_metadata(source, weights)}
+        metadata = {"format": "ms", **hf_config_metadata(source, weights, family)}
         with StagedFile(target, file_size(target.suffix, heads, metadata)) as staged:
             write_tensors(staged, heads, _reader(view, heads, len(heads)), metadata)
             commit_with_manifest(staged, Version(staged.sha256, staged.size))
@@ -58,12 +61,14 @@ def to_hugging_face(
     dtype: str | None = None,
     config: str | Path | None = None,
     max_shard_size: int = 5 * 10**9,
+    family: str | None = None,
 ) -> Path:
     """Write the weights of `source` (MindFormers' names) as a Hugging Face folder and return it.
 
     target: a folder that is new or empty; it appears when all of it is written. config: a YAML of ours or
     MindFormers', or a config.json; None where `source` is a .safetensors that was converted from a folder with one.
-    max_shard_size: bytes of a file's tensors. UserError for bad input.
+    max_shard_size: bytes of a file's tensors. family: the model_type to write, None = the one that the configuration is
+    named for. UserError for bad input.
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -71,12 +76,15 @@ def to_hugging_face(
     weights = open_weights(source)
     try:
         weights.verify()
-        view = _projections(_llama_weights(weights, source), joined=False)
-        heads = {name: _as_type(head, dtype) for name, head in view.heads.items()}
-        hf_config = _config_for(view, heads, source, config, weights.metadata)
+        view = _projections(_model_weights(weights, source), joined=False)
+        hf_config = config_for(view, source, config, weights.metadata, family, dtype)
+        theirs = _named_as(hf_config, view)
+        heads = {name: _as_type(head, dtype) for name, head in theirs.heads.items()}
         with NewFolder(target, sum(head.nbytes for head in heads.values())) as folder:
-            _write_shards(folder, view, heads, max_shard_size)
+            _write_shards(folder, theirs, heads, max_shard_size)
             write_json(folder / "config.json", hf_config)
+            for name, content in weights.companions().items():
+                _write_companion(folder / name, content)
             folder.commit()
     finally:
         weights.close()
@@ -103,18 +111,19 @@ class _Selected(Mapping[str, np.ndarray]):
         return len(self.heads)
 
 
-def _llama_weights(weights: WeightFiles, source: str | Path) -> _Selected:
-    """The model's own tensors; optimizer state is left out, with one line; a name that no Llama has is refused."""
+def _model_weights(weights: WeightFiles, source: str | Path) -> _Selected:
+    """The model's own tensors; optimizer state is left out, with one line; a foreign name is refused."""
     state = [name for name in weights if is_state(name, weights)]
     kept = [name for name in weights if not is_state(name, weights)]
-    foreign = [name for name in kept if to_hf((parts_of(name) or [name])[0]) is None]
+    foreign = [name for name in kept if not is_parameter((parts_of(name) or [name])[0])]
     if foreign:
         hint = family_hint(foreign)
         what = f" (they look like {hint})" if hint else ""
         if any("mindpet_delta" in name for name in foreign):
             what = " (an adapter: merge it into the base model first, or leave its file out)"
         raise UserError(
-            f"{source}: {len(foreign)} of {len(kept)} tensors are no Llama's{what}: {', '.join(foreign[:4])}"
+            f"{source}: {len(foreign)} of {len(kept)} tensors are of no decoder that is known here{what}: "
+            f"{', '.join(foreign[:4])}"
         )
     if state:
         console.info(f"{source}: {len(state)} tensors of training state left out")
@@ -127,7 +136,9 @@ def _projections(tensors: Mapping[str, np.ndarray], joined: bool) -> ConcatView:
     split = ConcatView(tensors, split_names)
     if not joined:
         return split
-    return ConcatView(split, {joined_of(name) or name for name in split_names})
+    whole = {joined_of(name) for name in split_names if joined_of(name)}
+    whole = {name for name in whole if set(parts_of(name)) <= split_names}  # Falcon has a w1 and no w3
+    return ConcatView(split, whole | {name for name in split_names if joined_of(name) not in whole})
 
 
 def _as_type(head: Head, dtype: str | None) -> Head:
@@ -151,79 +162,32 @@ def _reader(tensors: Mapping[str, np.ndarray], heads: Mapping[str, Head], count:
     return read
 
 
-# ---- config.json
-
-
-def _hf_config_metadata(source: str | Path, weights: WeightFiles) -> dict[str, str]:
-    folder = weight_files(source)[0].parent
-    if is_hf_folder(folder):
-        return {_HF_CONFIG: json.dumps(read_hf_config(folder))}
-    return {_HF_CONFIG: weights.metadata[_HF_CONFIG]} if _HF_CONFIG in weights.metadata else {}
-
-
-def _config_for(
-    view: ConcatView, heads: Mapping[str, Head], source: str | Path, config: str | Path | None, metadata: Mapping
-) -> dict:
-    """The config.json for these weights; what it says of their shapes is checked, their type filled in."""
-    embedding = heads["model.tok_embeddings.embedding_weight"]
-    width = heads["model.layers.0.feed_forward.w1.weight"].shape[0]
-    kind = embedding.dtype.name
-    if config is None and _HF_CONFIG in metadata:
-        origin, content = source, json.loads(metadata[_HF_CONFIG])
-    elif config is None:
-        raise UserError(
-            f"{source}: the weights do not say how many heads the model has, and config.json needs it: name the "
-            "model's YAML, or a config.json, with --config"
-        )
-    elif Path(config).name == "config.json" or Path(config).is_dir():
-        origin, content = config, read_hf_config(config if Path(config).is_dir() else Path(config).parent)
-    else:
-        origin, content = config, _config_of_yaml(config, width, kind)
-    in_weights = {
-        "vocab_size": embedding.shape[0],
-        "hidden_size": embedding.shape[1],
-        "intermediate_size": width,
-        "num_hidden_layers": sum(name.endswith(".attention_norm.weight") for name in heads),
-        "attention_bias": any(name.endswith(".bias") for name in heads),
-    }
-    for key, value in in_weights.items():
-        said = content.get(key, False)
-        if said != value:
-            raise UserError(f"{origin}: {key} is {said}, but {source} has {value}; name the right --config")
-    content["tie_word_embeddings"] = _is_tied(view, bool(content.get("tie_word_embeddings")))
-    content.pop("torch_dtype", None)
-    content["dtype" if "dtype" in content else "torch_dtype"] = kind
-    return content
-
-
-def _config_of_yaml(path: str | Path, width: int, kind: str) -> dict:
-    from llm_core.config import load_config
-
-    model = load_config(path).config.model.config
-    return model_config_to_hf(model.model_dump(by_alias=True), intermediate_size=width, dtype=kind)
-
-
-def _is_tied(view: ConcatView, said: bool) -> bool:
-    """Whether the head is the embedding: it is when there is none; a stored one must be equal where config says so."""
-    if "lm_head.weight" not in view:
-        return True
-    return said and np.array_equal(view["lm_head.weight"], view["model.tok_embeddings.embedding_weight"])
-
-
 # ---- a Hugging Face folder
 
 
-def _write_shards(folder: NewFolder, view: ConcatView, heads: Mapping[str, Head], max_shard_size: int) -> None:
+def _named_as(hf_config: Mapping, view: ConcatView) -> HfView:
+    """The weights under the names, and in the fused form, of the family that a config.json describes."""
+    two_norms = has_two_norms(hf_config_to_model_config(hf_config, seq_length=1))
+    return HfView(view, family_of(hf_config), QkvLayout(*qkv_grouping(hf_config)), two_norms)
+
+
+def _write_companion(path: Path, content: bytes) -> None:
+    with StagedFile(path, len(content)) as staged:
+        staged.write(content)
+        staged.finish()
+        staged.commit()
+
+
+def _write_shards(folder: NewFolder, view: HfView, heads: Mapping[str, Head], max_shard_size: int) -> None:
     shards = _shards(heads, max_shard_size)
     read = _reader(view, heads, len(heads))
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        ours = {to_hf(name): name for name in names}
-        shard_heads = {theirs: heads[name] for theirs, name in ours.items()}
+        shard_heads = {name: heads[name] for name in names}
         metadata = {"format": "pt"}  # transformers refuses a file without it
         with StagedFile(folder / file, file_size(".safetensors", shard_heads, metadata)) as staged:
-            write_tensors(staged, shard_heads, lambda theirs, ours=ours: read(ours[theirs]), metadata)
+            write_tensors(staged, shard_heads, read, metadata)
             staged.commit()
         index |= dict.fromkeys(shard_heads, file)
     if len(shards) > 1:

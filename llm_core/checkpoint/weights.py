@@ -12,17 +12,22 @@ import numpy as np
 from llm_core.checkpoint import meta_llama
 from llm_core.checkpoint.dtypes import Head
 from llm_core.checkpoint.files import TensorFile, open_tensor_file
+from llm_core.checkpoint.gguf import GgufFile
 from llm_core.checkpoint.hf import family_hint, from_hf, is_buffer
+from llm_core.checkpoint.hf_fused import without_fused
 from llm_core.checkpoint.locate import weight_files
 from llm_core.checkpoint.manifest import verified_version
 from llm_core.checkpoint.qkv import ConcatView
 from llm_core.checkpoint.state_names import is_state
 from llm_core.errors import UserError
+from llm_core.models.spec import HEAD_NAMES
+from llm_core.text.gguf_tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from mindspore import nn
 
 _SHOWN = 4
+_CLASSIFIER_HEADS = tuple(f"{name}." for head, name in HEAD_NAMES.items() if head != "causal")
 
 
 class WeightFiles(Mapping[str, np.ndarray]):
@@ -66,11 +71,25 @@ class WeightFiles(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self.heads
 
+    @property
+    def files(self) -> list[TensorFile]:
+        """The open files."""
+        return self._files
+
     def verify(self) -> None:
         """Check every file against its manifest, or its own crc where it has no manifest."""
         for file in self._files:
             if verified_version(file.path) is None:
                 file.verify()
+
+    def companions(self) -> dict[str, bytes]:
+        """Files that belong beside the weights and that a weight file carries: a GGUF's tokenizer. Name -> content."""
+        return {
+            name: content
+            for file in self._files
+            if isinstance(file, GgufFile)
+            for name, content in tokenizer_files(file.fields, str(file.path)).items()
+        }
 
     def close(self) -> None:
         for file in self._files:
@@ -80,13 +99,14 @@ class WeightFiles(Mapping[str, np.ndarray]):
 def open_weights(path: str | Path) -> WeightFiles:
     """Open what `path` stands for (see `locate.weight_files`), lazily, under MindFormers' names.
 
-    Hugging Face's Llama names are mapped, Meta's files merged and permuted. Nothing in a file is executed.
+    Hugging Face's names are mapped and its fused projections split, Meta's files merged and permuted. Nothing in a file
+    is executed.
     Raises UserError for a missing, damaged or foreign file.
     """
     files = weight_files(path)
     if meta_llama.is_meta(files):
         return WeightFiles([meta_llama.MetaLlama(files)])
-    return WeightFiles([open_tensor_file(file) for file in files])
+    return WeightFiles([without_fused(open_tensor_file(file)) for file in files])
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
@@ -109,12 +129,19 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     shape_mismatch: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
+    @property
+    def fresh_head(self) -> list[str]:
+        """Of the missing: the head of a classifier, which starts fresh, since no base model has it."""
+        return [name for name in self.missing if name.startswith(_CLASSIFIER_HEADS)]
+
     def line(self) -> str:
         """One line for the log."""
         text = f"{len(self.matched)} parameters matched, {len(self.missing)} missing, {len(self.unexpected)} unexpected"
         for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 text += f"; {what}: {_first(names)}"
+        if self.fresh_head:
+            text += " (the classifier's head, which starts fresh)"
         return text
 
 
@@ -126,7 +153,7 @@ def load_into(
     Joined and split projections (qkv_concat) are converted to what the net has; optimizer state is left out. A head
     that the net ties to its embedding is accepted when the file's head is that embedding. `source` is named in errors.
     UserError, with the net untouched: no name matches; a shape differs; with `strict`, a parameter that belongs to
-    the base model (not to an adapter) is missing.
+    the base model (not to an adapter, nor the head of a classifier, which starts fresh) is missing.
     """
     parameters = net.parameters_dict()
     report = compare(tensors, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
@@ -184,7 +211,7 @@ def _refuse_misfit(report: LoadReport, tensors: Mapping, strict: bool, source: s
             f"load_checkpoint: {source}: {len(report.shape_mismatch)} of its tensors have another shape: {shown}. "
             "Check model.model_config (hidden_size, num_layers, num_heads, n_kv_heads, vocab_size) against the file"
         )
-    base = [name for name in report.missing if "mindpet_delta" not in name]
+    base = [name for name in report.missing if "mindpet_delta" not in name and name not in report.fresh_head]
     if strict and base:
         way_out = "check model.model_config.num_layers and the file"
         if base == ["lm_head.weight"]:

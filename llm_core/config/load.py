@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_core.config import catalog, compat, keys, validate
 from llm_core.config import hf_folder as hf
-from llm_core.config.model_section import LlamaConfig
+from llm_core.config.model_section import FalconConfig, InternLMConfig, LlamaConfig
 from llm_core.config.overrides import RANK, Override, apply_overrides
 from llm_core.config.render import as_yaml
 from llm_core.config.schema import RunConfig
@@ -172,8 +172,10 @@ def _lay_hf_folder(tree: Node, changed: Node, folder: Path) -> tuple[Node, list[
     `changed` is the tree with the command line's overrides: what they set stays, and is not listed.
     """
     source = folder / "config.json"
-    config = hf.hf_config_to_model_config(hf.read_hf_config(folder), str(source))
-    layer: dict[str, Any] = {"model": {"arch": {"type": "LlamaForCausalLM"}, "model_config": config}}
+    asked = find(changed, "model.model_config.seq_length")
+    seq_length = asked.value if asked is not None and asked.origin.rank == RANK else None
+    config = hf.hf_config_to_model_config(hf.read_hf_config(folder), str(source), seq_length)
+    layer: dict[str, Any] = {"model": {"arch": {"type": _arch(config, changed)}, "model_config": config}}
     tokenizer = hf.tokenizer_file(folder)
     if tokenizer is not None:
         layer["processor"] = {"tokenizer": {"vocab_file": str(tokenizer)}}
@@ -185,7 +187,7 @@ def _lay_hf_folder(tree: Node, changed: Node, folder: Path) -> tuple[Node, list[
         before, typed = find(tree, path), find(changed, path)
         if typed is not None and typed.origin.rank == RANK:
             continue
-        value = before.value if before is not None else _default(path)
+        value = before.value if before is not None else _default(path, config["type"])
         if value != node.value:
             lines.append(
                 f"{path.removeprefix('model.model_config.')} {'unset' if value is None else value} -> {node.value}"
@@ -193,9 +195,17 @@ def _lay_hf_folder(tree: Node, changed: Node, folder: Path) -> tuple[Node, list[
     return merge(without, laid), [f"{source} sets {', '.join(lines)}"] if lines else []
 
 
-def _default(path: str) -> Any:
-    """The default of a Llama's model_config key; None elsewhere."""
-    info = keys.fields_of(LlamaConfig).get(path.removeprefix("model.model_config."))
+def _arch(config: dict[str, Any], changed: Node) -> str:
+    """The network of the folder's family, with the head that the run asks for."""
+    asked = find(changed, "model.arch.type")
+    head = str(asked.value).partition("For")[2] if asked is not None else ""
+    return f"{config['type'].removesuffix('Config')}For{head or 'CausalLM'}"
+
+
+def _default(path: str, kind: str) -> Any:
+    """The default of a model_config key of this type; None elsewhere."""
+    sections = {"LlamaConfig": LlamaConfig, "InternLMConfig": InternLMConfig, "FalconConfig": FalconConfig}
+    info = keys.fields_of(sections[kind]).get(path.removeprefix("model.model_config."))
     return info.default if info is not None and not info.is_required() else None
 
 

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from llm_core.config.section import Section, key
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+LoraInit = Literal["he_uniform", "normal", "zero", "zeros"]
+_ZEROS = ("zero", "zeros")
 
 
 class LoraConfig(Section):
@@ -16,14 +18,24 @@ class LoraConfig(Section):
     lora_rank: int = key(8, "Rank of the update.", ge=1)
     lora_alpha: float = key(16, "The update is scaled by lora_alpha / lora_rank.", gt=0)
     lora_dropout: float = key(0.01, "Dropout on the update's input.", ge=0, lt=1)
-    lora_a_init: str = key("normal", "Initial values of the first factor.")
-    lora_b_init: str = key("zero", "Initial values of the second factor.")
+    lora_a_init: LoraInit = key(
+        "he_uniform", "Initial values of A: he_uniform (within 1 / sqrt(in)), normal (deviation 0.01) or zero."
+    )
+    lora_b_init: LoraInit = key("zero", "Initial values of B, likewise; zero = the model begins as its base.")
     target_modules: str = key(".*wq|.*wk|.*wv|.*wo", "Regular expression on the leaf name of a linear layer.")
-    exclude_layers: str | None = key(None, "Regular expression of layers to leave alone.")
-    freeze_include: list[str] = key([], "Name patterns to freeze besides the base weights.")
-    freeze_exclude: list[str] = key([], "Name patterns to keep trainable.")
-    param_init_type: Dtype | None = key(None, "Type of the factors; null = as the layer.")
-    compute_dtype: Dtype | None = key(None, "Type of the products; null = as the layer.")
+    exclude_layers: str | None = key(None, "Regular expression on the whole names of layers to leave alone.")
+    freeze_include: list[str] = key([], "Name patterns (*, ?) to freeze besides the base weights.")
+    freeze_exclude: list[str] = key([], "Name patterns (*, ?) to train all the same, of the base as well.")
+    param_init_type: Dtype | None = key(None, "Type of the factors; they are float32 in any case.")
+    compute_dtype: Dtype | None = key(None, "Type of the update's products; null = as the layer.")
+    use_rslora: bool = key(False, "Scale by lora_alpha / sqrt(lora_rank) instead. (Ours.)")
+    use_dora: bool = key(False, "DoRA: the rows' lengths are trained apart from their directions. (Ours.)")
+
+    @model_validator(mode="after")
+    def _something_can_be_learnt(self) -> "LoraConfig":
+        if self.lora_a_init in _ZEROS and self.lora_b_init in _ZEROS:
+            raise ValueError("lora_a_init and lora_b_init are both zero: then neither gets a gradient, ever")
+        return self
 
 
 class PrefixTuningConfig(Section):
@@ -31,18 +43,18 @@ class PrefixTuningConfig(Section):
 
     pet_type: Literal["prefixtuning"]
     prefix_token_num: int = key(128, "Number of trained positions.", ge=1)
-    mid_dim: int = key(512, "Width of the projection.", ge=1)
-    dropout_rate: float = key(0.1, "Dropout on the prefix.", ge=0, lt=1)
+    mid_dim: int = key(512, "Width of the MLP that makes keys and values of them.", ge=1)
+    dropout_rate: float = key(0.1, "Dropout on these keys and values.", ge=0, lt=1)
 
 
 class PTuning2Config(Section):
-    """P-tuning v2."""
+    """P-tuning v2: the same, by default without an MLP."""
 
     pet_type: Literal["ptuning2"]
     pre_seq_len: int = key(128, "Number of trained positions.", ge=1)
-    prefix_projection: bool = key(False, "Project the prefix through an MLP.")
-    projection_dim: int = key(128, "Width of that projection.", ge=1)
-    dropout_prob: float = key(0.01, "Dropout on the prefix.", ge=0, lt=1)
+    prefix_projection: bool = key(False, "Make keys and values by an MLP, as prefix tuning does.")
+    projection_dim: int = key(128, "Width of that MLP.", ge=1)
+    dropout_prob: float = key(0.01, "Dropout on these keys and values.", ge=0, lt=1)
 
 
 PetConfig = Annotated[LoraConfig | PrefixTuningConfig | PTuning2Config, Field(discriminator="pet_type")]
@@ -82,6 +94,7 @@ class DecoderConfig(Section):
     embedding_init_type: Dtype | None = key(None, "Type of the embedding table; null = param_init_type.")
     tie_word_embeddings: bool = key(False, "The head is the embedding table.")
     use_flash_attention: bool = key(False, "Attention without the full score matrix.")
+    num_labels: int = key(2, "Classes of a classifier (arch.type ...ForSequenceClassification). (Ours.)", ge=2)
     pet_config: PetConfig | None = key(None, "Parameter-efficient tuning: lora, prefixtuning or ptuning2.")
 
     do_sample: bool = key(True, "Sample; False = the likeliest token.")
@@ -97,8 +110,36 @@ class DecoderConfig(Section):
     min_length: int = key(0, "Shortest text, prompt included.", ge=0)
     min_new_tokens: int | None = key(None, "Shortest answer; wins over min_length.", ge=0)
     num_return_sequences: int = key(1, "Answers to each prompt. (Ours.)", ge=1)
-    num_beams: Literal[1] = key(1, "Beams; there is no beam search yet.")
+    num_beams: int = key(1, "Texts written side by side; above 1 = beam search, or beam sample with do_sample.", ge=1)
+    num_beam_groups: int = key(1, "Groups of beams that are kept from the same tokens (diverse beam search).", ge=1)
+    diversity_penalty: float = key(0.0, "How strongly groups are kept apart.", ge=0)
+    length_penalty: float = key(1.0, "A beam's score is its log probability / length ** length_penalty.")
+    early_stopping: bool | Literal["never"] = key(
+        False, "True: stop when num_beams answers are there; never: when none can become better; False: in between."
+    )
+    penalty_alpha: float | None = key(None, "Above 0: contrastive search among top_k candidates.", ge=0, le=1)
+    no_repeat_ngram_size: int = key(0, "No run of so many tokens stands in a text twice; 0 = off.", ge=0)
+    bad_words_ids: list[list[int]] = key([], "Words that are not written, each a list of token ids.")
+    force_words: list[str | list[str]] = key(
+        [], "Words that an answer must hold, or lists of which it must hold one; needs num_beams. (Ours.)"
+    )
+    force_words_ids: list[list[int] | list[list[int]]] = key([], "The same as token ids.")
+    assistant: str | None = key(
+        None, "A small model that guesses tokens ahead: its run file, or a Hugging Face folder. (Ours.)"
+    )
+    num_assistant_tokens: int = key(5, "Tokens that it guesses at a time.", ge=1)
     stop_strings: list[str] = key([], "Texts that end an answer. (Ours.)")
+
+    @model_validator(mode="after")
+    def _prefix_fits(self) -> "DecoderConfig":
+        pet, context = self.pet_config, max(self.max_position_embedding or 0, self.seq_length)
+        for name in ("prefix_token_num", "pre_seq_len"):
+            if (length := getattr(pet, name, 0)) > context:
+                raise ValueError(
+                    f"pet_config.{name} {length} is longer than the context that it stands before: "
+                    f"seq_length (or max_position_embedding) is {context}; take fewer positions"
+                )
+        return self
 
 
 class LlamaConfig(DecoderConfig):
@@ -160,7 +201,10 @@ class FalconConfig(DecoderConfig):
     alibi: bool = key(False, "Positions as a bias that falls with distance; False = rotary.")
     parallel_attn: bool = key(True, "Attention and feed-forward read the same input.")
     multi_query: bool = key(True, "One key and value head (old decoder).")
-    new_decoder_architecture: bool = key(False, "Falcon 40B's layer: grouped heads, two norms.")
+    new_decoder_architecture: bool = key(False, "Falcon 40B's layer: grouped heads, one or two norms.")
+    num_ln_in_parallel_attn: Literal[1, 2] | None = key(
+        None, "Norms of the new decoder's layer: one for both branches (Falcon 11B), or one for each; null = 2."
+    )
     bias: bool = key(False, "Biases on all linear layers.")
     bos_token_id: int = key(11, "Id of the text's beginning.", ge=0)
     eos_token_id: int | list[int] = key(11, "Id, or ids, that end a text.")
@@ -172,6 +216,8 @@ class FalconConfig(DecoderConfig):
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.num_ln_in_parallel_attn == 2 and not self.new_decoder_architecture:
+            raise ValueError("num_ln_in_parallel_attn 2 needs new_decoder_architecture True")
         if self.alibi and self.extend_method != "None":
             raise ValueError(f"alibi has no rotary positions that extend_method {self.extend_method} could scale")
         return self
@@ -180,7 +226,20 @@ class FalconConfig(DecoderConfig):
 class ArchSection(Section):
     """Which network is built."""
 
-    type: Literal["LlamaForCausalLM", "InternLMForCausalLM", "FalconForCausalLM"] = key(..., "The network.")
+    type: Literal[
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+        "LlamaForTokenClassification",
+        "LlamaForQuestionAnswering",
+        "InternLMForCausalLM",
+        "InternLMForSequenceClassification",
+        "InternLMForTokenClassification",
+        "InternLMForQuestionAnswering",
+        "FalconForCausalLM",
+        "FalconForSequenceClassification",
+        "FalconForTokenClassification",
+        "FalconForQuestionAnswering",
+    ] = key(..., "The network.")
 
 
 class ModelSection(Section):
@@ -193,7 +252,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _arch_fits(self) -> "ModelSection":
-        if self.arch.type.removesuffix("ForCausalLM") != self.config.type.removesuffix("Config"):
+        if self.arch.type.split("For")[0] != self.config.type.removesuffix("Config"):
             raise ValueError(f"arch.type {self.arch.type} does not go with model_config.type {self.config.type}")
         return self
 
@@ -216,6 +275,19 @@ class ProcessorSection(Section):
         "LlamaProcessor", "Kept for MindFormers' files."
     )
     tokenizer: TokenizerSection = key(TokenizerSection.model_construct(), "The tokenizer.")
-    chat_template: str = key(
-        "vicuna_v1.1", "How `chat` writes a conversation: a fastchat template, or none for plain continuation. (Ours.)"
+    chat_template: str | None = key(
+        None,
+        "How `chat` writes a conversation, and how InternLMProcessor wraps prompts: internlm, none (as it is), tokenizer "
+        "(the template in its folder), a path to a Jinja template, or a fastchat template; null = internlm for "
+        "InternLMProcessor, else vicuna_v1.1. (Ours.)",
     )
+
+    @property
+    def conversation_format(self) -> str:
+        """The format of a conversation in `chat`."""
+        return self.chat_template or ("internlm" if self.type == "InternLMProcessor" else "vicuna_v1.1")
+
+    @property
+    def prompt_format(self) -> str:
+        """What wraps the prompts of a predict run: only InternLMProcessor does, as in MindFormers."""
+        return self.conversation_format if self.type == "InternLMProcessor" else "none"

@@ -5,7 +5,7 @@ For looking at a checkpoint before a model is built. A test holds it against the
 
 from __future__ import annotations
 
-from llm_core.models.spec import DecoderSpec
+from llm_core.models.spec import HEAD_NAMES, DecoderSpec
 
 
 def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
@@ -23,8 +23,18 @@ def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
         if spec.residual != "parallel":
             shapes.update(_norm(f"{layer}.ffn_norm", spec))
     shapes.update(_norm("model.norm_out", spec))
-    if not spec.tied_head:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+    shapes.update(_head(spec))
+    return shapes
+
+
+def _head(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """The parameters of the head, none where it is the embedding."""
+    if spec.head == "causal" and spec.tied_head:
+        return {}
+    name, rows = HEAD_NAMES[spec.head], spec.vocab_size if spec.head == "causal" else spec.num_labels
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, spec.hidden_size)}
+    if spec.head_has_bias:
+        shapes[f"{name}.bias"] = (rows,)
     return shapes
 
 

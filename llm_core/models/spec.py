@@ -12,6 +12,16 @@ from typing import Any, Literal
 from llm_core.errors import UserError
 
 RopeMethod = Literal["none", "linear", "ntk", "dynamic_ntk", "yarn", "llama3"]
+Head = Literal["causal", "sequence", "token", "question"]
+
+HEAD_NAMES: dict[Head, str] = {"causal": "lm_head", "sequence": "score", "token": "score", "question": "qa_outputs"}
+
+_HEADS: dict[str, Head] = {
+    "ForCausalLM": "causal",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "question",
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class DecoderSpec:
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of products; all else is float32
+    head: Head = "causal"  # what is on top of the decoder: models.heads
+    num_labels: int = 2  # classes of a classifier
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -106,8 +118,19 @@ class DecoderSpec:
         mlp = projections * h * f + ((projections - 1) * f + h) * self.mlp_bias
         norm = h if self.norm == "rms" else 2 * h
         norms_per_layer = 1 if self.residual == "parallel" else 2
-        head = 0 if self.tied_head else self.vocab_size * h
+        head = self._head_parameters
         return self.vocab_size * h + self.num_layers * (attention + mlp + norms_per_layer * norm) + norm + head
+
+    @property
+    def head_has_bias(self) -> bool:
+        """Whether the head adds a bias, as that of a token classifier and of question answering does."""
+        return self.head in ("token", "question")
+
+    @property
+    def _head_parameters(self) -> int:
+        if self.head == "causal":
+            return 0 if self.tied_head else self.vocab_size * self.hidden_size
+        return self.num_labels * (self.hidden_size + self.head_has_bias)
 
 
 def ffn_width(hidden_size: int, intermediate_size: int | None, multiple_of: int, multiplier: float | None) -> int:
@@ -125,6 +148,11 @@ def ffn_width(hidden_size: int, intermediate_size: int | None, multiple_of: int,
     return multiple_of * -(-width // multiple_of)
 
 
+def head_of(arch_type: str) -> Head:
+    """The head that a network of this name has: "sequence" of FalconForSequenceClassification."""
+    return next(head for suffix, head in _HEADS.items() if arch_type.endswith(suffix))
+
+
 def spec_from_config(model: Any) -> DecoderSpec:
     """Make the spec of the `model` section of a loaded config (`cfg.model`, with `.arch.type` and `.config`).
 
@@ -136,6 +164,7 @@ def spec_from_config(model: Any) -> DecoderSpec:
             f"model_config: hidden_size {c.hidden_size} is not a multiple of num_heads {c.num_heads}; "
             "change one of them, or give head_dim"
         )
+    head = head_of(model.arch.type)
     common = dict(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -144,13 +173,15 @@ def spec_from_config(model: Any) -> DecoderSpec:
         head_dim=c.head_dim or c.hidden_size // c.num_heads,
         max_position=max(c.max_position_embedding or 0, c.seq_length),
         rope=_rope_from_config(c),
-        tied_head=c.tie_word_embeddings,
+        tied_head=c.tie_word_embeddings and head == "causal",
+        head=head,
+        num_labels=2 if head == "question" else c.num_labels,  # where an answer starts, and where it ends
         hidden_dropout=c.hidden_dropout_rate,
         attention_dropout=c.attention_dropout_rate,
         initializer_range=c.initializer_range,
         compute_dtype="bfloat16" if c.compute_dtype == "bfloat16" else "float32",
     )
-    if model.arch.type == "FalconForCausalLM":
+    if model.arch.type.startswith("Falcon"):
         return DecoderSpec(**common, **_falcon_choices(c))
     return DecoderSpec(
         **common,
@@ -166,7 +197,8 @@ def spec_from_config(model: Any) -> DecoderSpec:
 def _falcon_choices(c: Any) -> dict[str, Any]:
     """What makes a Falcon: its fields of the spec."""
     if c.new_decoder_architecture:
-        residual, kv_heads = "parallel_two_norms", c.num_kv_heads or c.num_heads
+        residual = "parallel" if c.num_ln_in_parallel_attn == 1 else "parallel_two_norms"
+        kv_heads = c.num_kv_heads or c.num_heads
     else:
         residual = "parallel" if c.parallel_attn else "sequential"
         kv_heads = 1 if c.multi_query else c.num_heads

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from llm_core.config import load_config
-from llm_core.config.hf_folder import hf_config_to_model_config, is_hf_folder, model_config_to_hf, read_hf_config
+from llm_core.config.hf_export import model_config_to_hf
+from llm_core.config.hf_folder import hf_config_to_model_config, is_hf_folder, qkv_grouping, read_hf_config
+from llm_core.config.hf_keys import FAMILIES, IGNORED, ONLY
 from llm_core.errors import UserError
 
 TINY = {
@@ -28,6 +30,8 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
 @pytest.fixture
@@ -127,13 +131,18 @@ def test_broken_config_json(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "mistral"}, "model_type: 'mistral' is not supported"),
+        ({"model_type": "gpt2"}, "model_type: 'gpt2' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; it must be 'silu'"),
         ({"mlp_bias": True}, "mlp_bias: True is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "magic": 1}}, "rope_scaling.magic"),
+        ({"rope_scaling": {**DYNAMIC, "original_max_position_embeddings": 64}}, "rope_scaling.original_max_position"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported; it must be 1.0"),
+        ({"logit_scale": 2.0}, "logit_scale: not a known key of Llama, so its value 2.0 might change"),
+        ({"architectures": ["LlavaLlamaForCausalLM"]}, "architectures: 'LlavaLlamaForCausalLM'"),
+        ({"sliding_window": 64}, "sliding_window: not a known key of Llama"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(change: dict, said: str) -> None:
@@ -200,3 +209,148 @@ def test_transformers_reads_what_is_written() -> None:
     ours = {**hf_config_to_model_config(TINY), "pad_token_id": 0}
     config = transformers.LlamaConfig.from_dict(model_config_to_hf(ours, intermediate_size=172))
     assert (config.hidden_size, config.num_key_value_heads, config.head_dim, config.rope_theta) == (64, 4, 8, 10000.0)
+
+
+# ---- the other families ----
+
+MISTRAL = {**TINY, "model_type": "mistral", "sliding_window": None}
+QWEN2 = {**TINY, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 2}
+_ABSENT = ("rope_theta", "head_dim", "num_key_value_heads")
+INTERNLM = {key: value for key, value in TINY.items() if key not in _ABSENT} | {
+    "model_type": "internlm", "bias": True, "rotary": {"base": 10000, "type": "origin"},
+}  # fmt: skip
+INTERNLM2 = {key: value for key, value in TINY.items() if key != "head_dim"} | {
+    "model_type": "internlm2", "bias": False, "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    "attn_implementation": "eager", "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"},
+}  # fmt: skip
+FALCON = {
+    "model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 512,
+    "alibi": False, "attention_dropout": 0.0, "hidden_dropout": 0.0, "apply_residual_connection_post_layernorm": False,
+    "layer_norm_epsilon": 1e-5, "bos_token_id": 11, "eos_token_id": 11, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_every_key_has_one_meaning() -> None:
+    for name, family in FAMILIES.items():
+        tables = [set(family.keys), set(family.only), set(family.special), set(ONLY), set(IGNORED)]
+        assert sum(map(len, tables)) == len(set().union(*tables)), name
+
+
+@pytest.mark.parametrize(
+    ("hf", "biases"),
+    [
+        (MISTRAL, (False, False)),
+        (QWEN2, (True, False)),
+        (INTERNLM, (False, True)),
+        ({**INTERNLM, "bias": False}, (False, False)),
+        (INTERNLM2, (False, False)),
+    ],
+)
+def test_llama_shaped_families(hf: dict, biases: tuple) -> None:
+    ours = hf_config_to_model_config(hf)
+    assert (ours["qkv_has_bias"], ours["has_bias"]) == biases
+    assert (ours["hidden_size"], ours["num_layers"], ours["intermediate_size"]) == (64, 5, 172)
+    assert ours["type"] == ("InternLMConfig" if hf["model_type"] == "internlm" else "LlamaConfig")
+    back = model_config_to_hf({"pad_token_id": -1, **ours}, intermediate_size=172, family=hf["model_type"])
+    unused = {*IGNORED, "sliding_window", "max_window_layers"}
+    wanted = {key: value for key, value in hf.items() if key not in unused}
+    assert {key: back[key] for key in wanted} == wanted
+    assert hf_config_to_model_config(back) == ours | {"initializer_range": 0.02}
+
+
+def test_rotary_of_internlm() -> None:
+    ours = hf_config_to_model_config({**INTERNLM, "rotary": {"base": 500, "type": "dynamic", "scaling_factor": 2.0}})
+    assert (ours["theta"], ours["extend_method"], ours["scaling_factor"]) == (500.0, "DYNAMIC_NTK", 2.0)
+    silent = hf_config_to_model_config({key: value for key, value in INTERNLM.items() if key != "rotary"})
+    assert (silent["theta"], silent["extend_method"], silent["scaling_factor"]) == (10000.0, "DYNAMIC_NTK", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("hf", "said"),
+    [
+        ({**MISTRAL, "sliding_window": 256}, "sliding_window: 256 is not supported for a context of 512"),
+        ({key: value for key, value in MISTRAL.items() if key != "sliding_window"} | {"max_position_embeddings": 8192},
+         "sliding_window: 4096"),  # HF's default
+        ({**QWEN2, "use_sliding_window": True}, "sliding_window: 64"),
+        ({**QWEN2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({**MISTRAL, "attention_bias": True}, "attention_bias: not a known key of Mistral"),
+        ({**INTERNLM, "rotary": {"base": 1, "type": "linear"}}, "rotary"),
+        ({**INTERNLM, "num_key_value_heads": 4}, "num_key_value_heads"),
+        ({**INTERNLM2, "head_dim": 16}, "head_dim: not a known key of InternLM2"),
+        ({**FALCON, "activation": "relu"}, "activation: 'relu' is not supported; it must be 'gelu'"),
+        ({**FALCON, "new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn"),
+        ({**FALCON, "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn: 2 needs new_decoder"),
+        ({**FALCON, "multi_query": False, "num_kv_heads": 2}, "num_kv_heads: 2 needs new_decoder"),
+        ({**FALCON, "n_head": 8}, "n_head: not a known key of Falcon"),
+    ],
+)  # fmt: skip
+def test_what_a_family_does_not_compute_is_refused_by_name(hf: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        hf_config_to_model_config(hf)
+
+
+def test_a_window_that_no_text_meets() -> None:
+    assert hf_config_to_model_config({**MISTRAL, "sliding_window": 512})["seq_length"] == 512
+    short = hf_config_to_model_config({**MISTRAL, "sliding_window": 256}, seq_length=200)
+    assert short["max_position_embedding"] == 256
+    assert hf_config_to_model_config({**QWEN2, "use_sliding_window": True, "max_window_layers": 5})["num_layers"] == 5
+
+
+def test_a_window_and_a_shorter_run(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**MISTRAL, "sliding_window": 256}))
+    with pytest.raises(UserError, match=r"add --model\.model_config\.seq_length 256"):
+        load_config("predict_llama2_7b", [("load_checkpoint", str(folder))])
+    given = [("load_checkpoint", str(folder)), ("model.model_config.seq_length", "256")]
+    config = load_config("predict_llama2_7b", given).config.model.config
+    assert (config.seq_length, config.max_position_embedding) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "grouping", "residual"),
+    [
+        ({"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}, (8, 8), "sequential"),
+        ({"num_kv_heads": 8}, (1, 8), "parallel"),
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, (2, 8), "parallel_two_norms"),
+        ({"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}, (2, 8), "parallel"),
+    ],
+)
+def test_falcons(folder: Path, change: dict, grouping: tuple, residual: str) -> None:
+    """The folder's keys make the spec, from whatever YAML the run comes; and the way back says the same."""
+    from llm_core.models.spec import spec_from_config
+
+    hf = {**FALCON, **change}
+    (folder / "config.json").write_text(json.dumps(hf))
+    loaded = load_config("predict_llama2_7b", [("load_checkpoint", str(folder))])
+    spec = spec_from_config(loaded.config.model)
+    assert (spec.residual, spec.num_kv_heads, spec.head_dim) == (residual, *qkv_grouping(hf))
+    assert qkv_grouping(hf) == grouping
+    assert (spec.ffn_size, spec.norm, spec.mlp, spec.tied_head) == (256, "layer", "gelu", True)
+    assert (spec.position, spec.qkv_bias) == ("alibi" if hf["alibi"] else "rope", hf.get("bias", False))
+    assert loaded.config.model.arch.type == "FalconForCausalLM" and loaded.config.model.config.eos_token_id == 11
+    ours = hf_config_to_model_config(hf)
+    back = model_config_to_hf({"pad_token_id": -1, **ours}, intermediate_size=256)
+    assert hf_config_to_model_config(back) | {"ffn_hidden_size": None} == ours | {"initializer_range": 0.02}
+
+
+def test_the_head_that_a_run_asks_for_stays(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "model:\n  arch: {type: LlamaForSequenceClassification}\n  model_config: {type: LlamaConfig}\n"
+        f"load_checkpoint: {folder}\n"
+    )
+    (folder / "config.json").write_text(json.dumps(FALCON))
+    assert load_config(run).config.model.arch.type == "FalconForSequenceClassification"
+
+
+def test_what_another_family_cannot_say() -> None:
+    ours = {**hf_config_to_model_config(TINY), "pad_token_id": 0}
+    with pytest.raises(UserError, match="Mistral has no biases"):
+        model_config_to_hf({**ours, "has_bias": True}, intermediate_size=172, family="mistral")
+    with pytest.raises(UserError, match="Qwen2 has biases on query, key and value"):
+        model_config_to_hf(ours, intermediate_size=172, family="qwen2")
+    with pytest.raises(UserError, match="n_kv_heads"):
+        model_config_to_hf(ours, intermediate_size=172, family="internlm")
+    with pytest.raises(UserError, match="extend_method YARN: Hugging Face's InternLM2"):
+        model_config_to_hf({**ours, "extend_method": "YARN"}, intermediate_size=172, family="internlm2")
+    with pytest.raises(UserError, match="--model falcon: the configuration is a LlamaConfig"):
+        model_config_to_hf(ours, intermediate_size=172, family="falcon")
