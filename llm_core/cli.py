@@ -64,9 +64,22 @@ FLAGS = (
     Flag("--transform_process_num", ("transform_process_num",), "ranks that convert (several ranks)", "N"),
     Flag("--only_save_strategy", ("only_save_strategy",), "write the layout and end (several ranks)", "BOOL"),
     Flag("--strategy_load_checkpoint", ("parallel.strategy_ckpt_load_file",), "layout file (several ranks)", "PATH"),
-    Flag("--adapter_id", ("adapter_id",), "adapters: not built yet", "NAME"),
+    Flag("--adapter_id", ("adapter_id",), "adapter to start from: a path, or a name beside load_checkpoint", "PATH"),
     Flag("--remote_save_url", ("remote_save_url",), "accepted; nothing is uploaded", "URL"),
     Flag("--trust_remote_code", ("trust_remote_code",), "accepted; code comes from --register_path only", "BOOL"),
+    # the flags of run_internlm.py
+    Flag("--train_dataset", ("train_dataset.data_loader.dataset_dir",), "as --train_dataset_dir", "PATH"),
+    Flag("--eval_dataset", ("eval_dataset.data_loader.dataset_dir",), "as --eval_dataset_dir", "PATH"),
+    Flag("--resume", ("resume_training",), "as --resume_training", "BOOL|FILE"),
+    Flag("--input_dir", ("predict_data",), "a .json, .jsonl or text file of prompts; as --predict_data", "FILE"),
+    Flag("--vocab_file", ("processor.tokenizer.vocab_file",), "the tokenizer's file or folder", "PATH"),
+    Flag("--seq_length", ("model.model_config.seq_length",), "tokens of a record; the longest context", "N"),
+    Flag("--predict_length", ("model.model_config.max_length",), "longest text, prompt included", "N"),
+    Flag("--dp", ("parallel_config.data_parallel",), "copies of the model (several ranks)", "N"),
+    Flag("--mp", ("parallel_config.model_parallel",), "ranks that share every layer (several ranks)", "N"),
+    Flag("--pp", ("parallel_config.pipeline_stage",), "pipeline stages (several ranks)", "N"),
+    Flag("--micro_batch_num", ("parallel_config.micro_batch_num",), "parts of a batch (several ranks)", "N"),
+    Flag("--task", ("task",), "accepted", "text_generation"),
 )  # fmt: skip
 
 _OTHER_FLAGS = ("--config", "--predict_data", "--options", "--register_path", "--help")
@@ -79,6 +92,7 @@ verbs:
   list-cfg [-p PATTERN]        names of the packaged runs
   copy-cfg NAME DIR            copy a packaged run, with its layers, to edit it
   show-cfg --config C [--all]  the merged run, and where each value was written
+  plan --config C              parameters by part, trainable and total, without building the model
   check --config C             check config, data, tokenizer, checkpoint and disk before a long run
   chat --config C              an interactive prompt
   show-data FILE               records, decoded, with what carries loss marked
@@ -240,6 +254,14 @@ def _schema(argv: list[str]) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    loaded = _load(_run_parser("run-llm plan"), argv)
+    from llm_core.plan import plan
+
+    print(plan(loaded), end="")
+    return 0
+
+
 def _check(argv: list[str]) -> int:
     loaded = _load(_run_parser("run-llm check"), argv)
     from llm_core.train.check import check
@@ -275,6 +297,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "list-cfg": _list_cfg,
     "copy-cfg": _copy_cfg,
     "show-cfg": _show_cfg,
+    "plan": _plan,
     "check": _check,
     "chat": _chat,
     "show-data": _show_data,

@@ -115,7 +115,7 @@ def test_help_names_every_flag_and_verb(run) -> None:
 
 @pytest.mark.parametrize("flag", [flag.name for flag in cli.FLAGS])
 def test_every_flag_reaches_a_key(flag: str, file: str) -> None:
-    values = {"--run_mode": "eval", "--device_target": "CPU", "--adapter_id": "None", "--use_parallel": "false"}
+    values = {"--run_mode": "eval", "--device_target": "CPU", "--use_parallel": "false", "--task": "text_generation"}
     numbers = {spec.name for spec in cli.FLAGS if spec.metavar == "N"}
     value = values.get(flag, "1" if flag in numbers or "BOOL" in str(spec_of(flag).metavar) else "some/path")
     given = overrides(flag, value)
@@ -196,7 +196,7 @@ def test_options_take_truth_values(text: str, file: str) -> None:
         (["--config", "FILE"], "run_mode: is not given"),
         (["list-cfg", "-p", "nothing_like_it"], "no packaged run matches"),
         (["list-cfg", "-p", "("], "no regular expression"),
-        (["--config", "FILE", "--adapter_id", "a"], "--adapter_id: 'a' is not supported"),
+        (["--config", "FILE", "--lr_scale", "True"], "--lr_scale: True is not supported"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_message(argv: list[str], said: str, run, file: str) -> None:
@@ -225,20 +225,6 @@ def test_several_ranks_are_refused_not_run_side_by_side(run, file: str, monkeypa
     monkeypatch.setenv("MS_WORKER_NUM", "4")
     argv = ("--config", file, "--run_mode", "predict", "--predict_data", "x", "--use_parallel", "True")
     assert "--use_parallel: 4 ranks, but runs of several ranks are not built yet" in run(*argv)[2]
-
-
-def test_tuning_that_is_not_built_is_refused_not_ignored(run, file: str) -> None:
-    code, _, err = run(
-        "--config",
-        file,
-        "--run_mode",
-        "predict",
-        "--predict_data",
-        "x",
-        "--model.model_config.pet_config",
-        "{pet_type: lora}",
-    )
-    assert code == 2 and "pet_config: parameter-efficient tuning is not built yet" in err
 
 
 def test_an_environment_fault_ends_with_code_1(run, tmp_path: Path) -> None:
@@ -322,3 +308,31 @@ def test_register_path_is_the_only_door_for_code(run, tmp_path: Path, monkeypatc
     assert (tmp_path / "ran").exists()
     with pytest.raises(cli.UserError, match="no Python file or package there"):
         cli._import_from(str(tmp_path / "nothing"))
+
+
+# ---- the flags of run_internlm.py ----
+
+
+def test_a_command_of_run_internlm(file: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('["one", "two"]')
+    argv = (
+        "--task text_generation --run_mode predict --use_parallel false --load_checkpoint w.ckpt --resume false "
+        f"--train_dataset a.mindrecord --eval_dataset b.mindrecord --input_dir {prompts} --predict_length 512 "
+        "--seq_length 1024 --vocab_file t.model --dp 2 --mp 4 --pp 1 --micro_batch_num 8"
+    ).split()
+    parser = cli._run_parser("run-llm")
+    args, extras = parser.parse_known_args(argv)
+    loaded = load_config(file, [*args.overrides, *cli._dotted(extras)])
+    config, layout = loaded.config, loaded.config.parallel_config
+    assert (config.run_mode, config.use_parallel, config.resume_training) == ("predict", False, False)
+    assert config.train_dataset.data_loader.dataset_dir == "a.mindrecord"
+    assert config.eval_dataset.data_loader.dataset_dir == "b.mindrecord"
+    assert config.predict_data == [str(prompts)] and config.processor.tokenizer.vocab_file == "t.model"
+    assert (config.model.config.max_length, config.model.config.seq_length) == (512, 1024)
+    assert (layout.data_parallel, layout.model_parallel, layout.pipeline_stage, layout.micro_batch_num) == (2, 4, 1, 8)
+
+
+def test_only_one_task(run, file: str) -> None:
+    code, _, err = run("--config", file, "--task", "image_classification")
+    assert code == 2 and "--task: 'image_classification' is not supported" in err

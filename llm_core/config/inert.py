@@ -35,6 +35,7 @@ _OFF = (None, False)
 
 INERT: dict[str, Inert] = {
     # top level
+    "task": Inert("run_llm trains, evaluates and prompts language models", ("text_generation", None)),
     "load_ckpt_format": Inert("the format of load_checkpoint is seen from the file"),
     "ignore_data_skip": Inert("a checkpoint holds the exact place in the data, and resuming takes it up", _OFF),
     "data_skip_steps": Inert("a checkpoint holds the exact place in the data, and resuming takes it up", (None, 0)),
@@ -53,8 +54,6 @@ INERT: dict[str, Inert] = {
     "profile_pipeline": Inert(_PROFILER),
     "profile_level": Inert(_PROFILER),
     "remote_save_url": Inert("nothing is uploaded"),
-    "adapter_id": Inert("no adapter is loaded", (None, "")),
-    "save_file": Inert("results are written to text_generation_result.txt in output_dir"),
     "use_legacy": Inert("there is one implementation"),
     "use_legacy_format": Inert("there is one implementation"),
     "pretrained_model_dir": Inert("give the folder as load_checkpoint", (None, "")),
@@ -100,9 +99,6 @@ INERT: dict[str, Inert] = {
     "callbacks[CheckpointMonitor].async_save": Inert("a checkpoint is on the disk before the next step begins"),
     "callbacks[CheckpointMonitor].exception_save": Inert("a checkpoint is written at SIGINT and SIGTERM in any case"),
     "callbacks[CheckpointMonitor].remove_redundancy": Inert("nothing is written twice"),
-    "callbacks[CheckpointMonitor].save_trainable_params": Inert(
-        "all weights are trained; see save_network_params", _OFF
-    ),
     "callbacks[CheckpointMonitor].save_optimizer": Inert("the optimizer's state is always saved"),
     # model
     "model.model_config.batch_size": Inert("runner_config.batch_size and predict_batch_size say it"),
