@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 THREADS = 2
-PACKAGES = ("mindspore", "numpy", "torch", "transformers", "sentencepiece", "tokenizers", "safetensors")
+PACKAGES = ("mindspore", "numpy", "torch", "transformers", "peft", "sentencepiece", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,11 @@ def measure(model: str, side: str) -> dict[str, dict[str, Any]]:
     whose, dtype = side.split("_")
     length = max(length for _, length in SHAPES[model])
     step = own_step(model, dtype, length) if whose == "own" else torch_step(model, dtype, length)
+    return timed(step, model)
+
+
+def timed(step: Callable[[Any, int], float], model: str) -> dict[str, dict[str, Any]]:
+    """"BxS" -> times of a step on every shape of the model."""
     warm, count = STEPS[model]
     results = {}
     for batch, length in SHAPES[model]:
@@ -164,25 +169,25 @@ def token_ids(model: str, batch: int, length: int, index: int) -> Any:
     return np.random.default_rng(index).integers(3, MODELS[model].vocab_size, (batch, length + 1))
 
 
-def own_step(model: str, dtype: str, max_position: int) -> Callable[[Any, int], float]:
-    """Our side: the step that every run takes."""
+def own_step(model: str, dtype: str, max_position: int, pet: Any = None) -> Callable[[Any, int], float]:
+    """Our side: the step that every run takes. pet: a pet_config, None = all weights are trained."""
     from llm_core.runtime import prepare_environment
 
     prepare_environment(common.THREADS)
     import mindspore as ms
     import numpy as np
 
-    from llm_core.models.decoder import CausalLM
     from llm_core.models.heads import TokenLoss
+    from llm_core.peft.apply import build_net
     from llm_core.train.optim import build_optimizer
     from llm_core.train.step import Stepper
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_recursion_limit(10000)  # context.max_call_depth of every run file; 30 layers need more than 1000
     spec = MODELS[model].spec(max_position, {"fp32": "float32", "bf16": "bfloat16"}[dtype])
-    net = CausalLM(spec, seed=0)
+    net = build_net(spec, pet, seed=0)
     optimizer = build_optimizer(SimpleNamespace(type="AdamW", weight_decay=0.01), net.trainable_params())
-    stepper = Stepper(TokenLoss(net), optimizer, graph_key={"benchmark": "train_step", "spec": spec})
+    stepper = Stepper(TokenLoss(net), optimizer, graph_key={"benchmark": "train_step", "spec": spec, "adapter": pet})
 
     def step(ids: Any, index: int) -> float:
         ids = ids.astype(np.int32)
@@ -192,16 +197,22 @@ def own_step(model: str, dtype: str, max_position: int) -> Callable[[Any, int], 
     return step
 
 
-def torch_step(model: str, dtype: str, max_position: int) -> Callable[[Any, int], float]:
-    """HF transformers with its default attention (sdpa), torch's fused AdamW; dtype fp32 | bf16 | autocast."""
+def torch_step(
+    model: str, dtype: str, max_position: int, adapted: Callable[[Any], Any] = lambda net: net
+) -> Callable[[Any, int], float]:
+    """HF transformers with its default attention (sdpa), torch's fused AdamW; dtype fp32 | bf16 | autocast.
+
+    adapted: puts an adapter on the model.
+    """
     import torch
 
     torch.set_num_threads(common.THREADS)
     torch.manual_seed(0)
-    net = MODELS[model].hf(max_position, use_cache=False).train()
+    net = adapted(MODELS[model].hf(max_position, use_cache=False)).train()
     if dtype == "bf16":
         net = net.bfloat16()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, weight_decay=0.01, fused=True)
 
     def step(ids: Any, index: int) -> float:
         ids = torch.from_numpy(ids)

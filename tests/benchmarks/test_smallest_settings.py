@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import train_step  # noqa: E402
+from benchmarks import lora, train_step  # noqa: E402
 
 TINY = "dict(vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, ffn_size=32)"
 
@@ -103,6 +103,44 @@ def test_train_steps_of_torch():
     )
     losses = [float(loss) for loss in printed.split()]
     assert len(losses) == 8 and all(3 < loss < 6 for loss in losses)
+
+
+def test_own_lora_steps():
+    printed = run(
+        "from benchmarks import lora, train_step as b\n"
+        f"b.MODELS['llama_16m'] = replace(b.MODELS['llama_16m'], num_kv_heads=1, **{TINY})\n"
+        "step = b.own_step('llama_16m', 'fp32', 8, lora.our_pet())\n"
+        "print(step(b.token_ids('llama_16m', 2, 8, 0), 0), step(b.token_ids('llama_16m', 2, 8, 1), 1))\n"
+    )
+    losses = [float(loss) for loss in printed.split()]
+    assert len(losses) == 2 and all(3 < loss < 6 for loss in losses)  # ln 64 = 4.16
+
+
+@pytest.mark.parity
+def test_lora_steps_of_peft():
+    pytest.importorskip("peft")
+    printed = run(
+        "from benchmarks import lora, train_step as b\n"
+        f"b.MODELS['llama_16m'] = replace(b.MODELS['llama_16m'], num_kv_heads=1, **{TINY})\n"
+        "b.SHAPES['llama_16m'], b.STEPS['llama_16m'] = ((2, 8),), (1, 1)\n"
+        "print(lora.measure('llama_16m', 'peft')['2x8']['last_loss'])\n"
+    )
+    assert 3 < float(printed.splitlines()[-1]) < 6
+
+
+def test_lora_is_reported_by_its_worst_shape(capsys):
+    def result(rates: dict[str, float], memory: float) -> list[dict]:
+        return [{shape: {"tokens_per_s": rate, "peak_rss_mib": memory} for shape, rate in rates.items()}]
+
+    results = {
+        "llama_16m": {"own_lora": result({"4x256": 300}, 50), "own_full": result({"4x256": 200}, 90),
+                      "peft": result({"4x256": 100}, 60)},
+        "llama_135m": {"own_lora": result({"1x512": 30, "4x256": 28}, 50), "own_full":
+                       result({"1x512": 20, "4x256": 20}, 100), "peft": result({"1x512": 15, "4x256": 10}, 75)},
+    }  # fmt: skip
+    ratios = {ratio.name: ratio.ratio for ratio in lora.report(results)}
+    assert ratios == {"lora_vs_full": 1.4, "lora_vs_full_memory": 1.8, "lora_vs_peft": 2.0, "lora_vs_peft_memory": 1.2}
+    assert "ratio lora_vs_full 1.400 (own 28 tokens/s, all weights 20 tokens/s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, parameters", [("llama_16m", 15.73e6), ("llama_135m", 134.5e6), ("falcon_16m", 15.43e6)])
