@@ -154,6 +154,25 @@ def test_llama3_factors_are_transformers():
     np.testing.assert_allclose(np.asarray(plain) / scaled.numpy(), llama3_factors(128, 500000.0, scaling), rtol=1e-5)
 
 
+def test_the_folder_says_whether_bos_stands_in_front(tmp_path):
+    tokens = ["<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz", "ab", "cd", "ef", "gh"]
+    tokenizer = {
+        "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": [3, 3] + [1] * 30, "bos_token_id": 0,
+        "merges": ["a b", "c d", "e f", "g h"], "eos_token_id": 1, "add_bos_token": False,
+    }  # fmt: skip
+    fields = {f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}
+    path = samples.write_gguf(tmp_path / "model.gguf", fields=fields)
+    folder = to_hugging_face(path, tmp_path / "folder")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+    run = "configs/demo/predict_llama_demo.yaml"
+    section = load_config(run, [("load_checkpoint", str(folder))]).config.processor.tokenizer
+    assert section.vocab_file == str(folder / "tokenizer.json") and section.add_bos_token is False
+    asked = [("load_checkpoint", str(folder)), ("processor.tokenizer.add_bos_token", "True")]
+    assert load_config(run, asked).config.processor.tokenizer.add_bos_token is True
+
+
 # ---- the command
 
 
