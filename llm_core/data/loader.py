@@ -36,7 +36,8 @@ class Loader:
     records, num_records, batch_size (records a rank), steps_per_epoch: what came of it.
 
     UserError, when made: a missing column, another length, no batch at all; when read: an id outside
-    0 .. vocab_size - 1 (labels: -100 as well), damaged data. Each names the file and both numbers.
+    0 .. vocab_size - 1 (labels: -100 as well; num_labels: those of a classifier are below it), damaged data. Each names
+    the file and both numbers.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         vocab_size: int,
+        num_labels: int | None = None,
         kind: str = "train",
     ):
         self.records = records
@@ -63,7 +65,7 @@ class Loader:
         self._global_batch = batch_size * world
         self._shuffle = shuffle
         self._seed = seed
-        self._vocab_size = vocab_size
+        self._limits = {"input_ids": vocab_size, "labels": num_labels or vocab_size}
         limited = num_samples is not None and num_samples > 0
         self.num_records = min(num_samples, records.num_records) if limited else records.num_records
         whole, rest = divmod(self.num_records, self._global_batch)
@@ -106,16 +108,21 @@ class Loader:
     def _check_ids(self, rows: dict[str, np.ndarray], numbers: np.ndarray) -> None:
         for name in self._columns:
             # as unsigned, a negative id is a large one: one comparison finds both kinds
-            bad = rows[name].view(np.uint32) >= self._vocab_size
+            limit = self._limits[name]
+            bad = rows[name].view(np.uint32) >= limit
             if name == "labels":
                 bad &= rows[name] != IGNORED
             if bad.any():
                 row, column = np.argwhere(bad)[0]
+                place = f"{self.records.describe(int(numbers[row]))}: {name}[{column}] is {rows[name][row, column]}"
+                if limit != self._limits["input_ids"]:
+                    raise UserError(
+                        f"{place}, and the model's classes are 0 .. {limit - 1}. Set model_config.num_labels, or give "
+                        "a classifier's records (tools/dataset_preprocess/mrpc_process.py)"
+                    )
                 raise UserError(
-                    f"{self.records.describe(int(numbers[row]))}: {name}[{column}] is "
-                    f"{rows[name][row, column]}, outside the model's vocabulary 0 .. {self._vocab_size - 1}. "
-                    "Were the records written with another tokenizer? Write them again, or set "
-                    "model_config.vocab_size to the tokenizer's."
+                    f"{place}, outside the model's vocabulary 0 .. {limit - 1}. Were the records written with another "
+                    "tokenizer? Write them again, or set model_config.vocab_size to the tokenizer's."
                 )
 
 

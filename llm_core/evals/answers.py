@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,34 +120,43 @@ def answer_questions(
             params.new_tokens(len(question.prompt_ids), generator.spec.max_position)
         except UserError as error:
             raise UserError(f"eval_dataset, record {question.record}: {error}") from None
-    answers = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda number: -len(questions[number].prompt_ids))
-    with console.progress(len(questions), desc="answer", unit="question") as bar:
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            prompts = [questions[number].prompt_ids for number in batch]
-            texts = _answer_batch(generator, tokenizer, prompts, params, seed + first, batch_size)
-            for number, text in zip(batch, texts, strict=True):
-                answers[number] = text
-            bar.update(len(batch))
-    return answers
+    prompts = [question.prompt_ids for question in questions]
+    texts = write_texts(generator, tokenizer, prompts, params, done=_has_line, batch_size=batch_size, seed=seed)
+    return [first_line(text) for text in texts]
 
 
-def _answer_batch(
+def _has_line(text: str) -> bool:
+    return "\n" in text.lstrip()
+
+
+def write_texts(
     generator: Generator,
     tokenizer: Tokenizer,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
     params: SamplingParams,
-    seed: int,
-    rows: int,
+    *,
+    done: Callable[[str], bool],
+    batch_size: int,
+    seed: int = 0,
 ) -> list[str]:
-    streams = [TextStream(tokenizer, prompt, params.stop_strings) for prompt in prompts]
+    """What the model writes to each prompt, until `done` says of the text so far that it is enough.
 
-    def take(row: int, token: int) -> bool:
-        streams[row].push(token)
-        return streams[row].stopped or "\n" in streams[row].text.lstrip()
+    Prompts of like length share a batch.
+    """
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    with console.progress(len(prompts), desc="answer", unit="question") as bar:
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            streams = [TextStream(tokenizer, prompts[number], params.stop_strings) for number in batch]
 
-    generator.generate(prompts, params, seed, take, rows=rows)
-    for stream in streams:
-        stream.finish()
-    return [first_line(stream.text) for stream in streams]
+            def take(row: int, token: int, streams: list[TextStream] = streams) -> bool:
+                streams[row].push(token)
+                return streams[row].stopped or done(streams[row].text)
+
+            generator.generate([prompts[number] for number in batch], params, seed + first, take, rows=batch_size)
+            for number, stream in zip(batch, streams, strict=True):
+                stream.finish()
+                texts[number] = stream.text
+            bar.update(len(batch))
+    return texts

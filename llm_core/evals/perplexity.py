@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import mindspore as ms
 
@@ -48,20 +47,12 @@ class PerplexityResult:
 class Perplexity:
     """Measures `net`, whose weights are shared, not copied: make it once and call `measure` as training goes on.
 
-    One graph is compiled for each batch shape, at its first batch. graph_key: whatever changes the graph beside
-    net.spec (an adapter, for instance); it names the graph in the compile cache.
+    One graph is compiled for each batch shape, at its first batch.
     """
 
-    def __init__(
-        self,
-        net: CausalLM,
-        *,
-        pad_token_id: int,
-        ignore_token_id: int = IGNORED,
-        graph_key: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, net: CausalLM, *, pad_token_id: int, ignore_token_id: int = IGNORED) -> None:
         self._pad, self._ignore = pad_token_id, ignore_token_id
-        self._token_loss = Compiled(TokenLoss(net), spec=net.spec, **(graph_key or {}))
+        self._token_loss = Compiled(TokenLoss(net), spec=net.spec, **net.graph_key)
 
     def measure(self, loader: Loader, desc: str = "evaluate") -> PerplexityResult:
         """One pass over `loader`, in its order of epoch 0. Raises UserError if no token at all is supervised."""

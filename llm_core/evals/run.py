@@ -12,6 +12,7 @@ from llm_core.config import LoadedConfig
 from llm_core.data.open import open_loader, open_records
 from llm_core.errors import UserError
 from llm_core.evals import squad
+from llm_core.evals.choice_prompts import read_choice_data
 from llm_core.infer.results import write_whole
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
@@ -26,32 +27,66 @@ def evaluate(loaded: LoadedConfig) -> int:
     Raises UserError without load_checkpoint (random weights measure nothing) or without data, before MindSpore starts.
     """
     config = loaded.config
-    metrics = list(dict.fromkeys(metric.type for metric in config.metric))
+    metrics = {metric.type: metric for metric in config.metric}
+    _require_fitting_head(loaded, metrics)
     if not config.load_checkpoint:
         raise UserError(
             f"{loaded.path}: load_checkpoint is not set, and random weights measure nothing: name a file, a "
             "folder, a training's output_dir or a Hugging Face model's folder with --load_checkpoint"
         )
-    loader = open_loader(config, config.eval_dataset, "eval") if "PerplexityMetric" in metrics else None
+    of_records = {"PerplexityMetric", "ClassificationMetric"} & metrics.keys()
+    loader = open_loader(config, config.eval_dataset, "eval") if of_records else None
     records = open_records(config.eval_dataset, "eval") if "EmF1Metric" in metrics else None
+    choices = read_choice_data(metrics["ChoiceMetric"]) if "ChoiceMetric" in metrics else None
     console.log_to(config.output_dir)
     save_run_record(config.output_dir, sys.argv, loaded.as_yaml())
 
     from llm_core.infer.load import load_for_inference
 
-    net, spec, tokenizer = load_for_inference(loaded, need_tokenizer=records is not None)
+    net, spec, tokenizer = load_for_inference(loaded, need_tokenizer=records is not None or choices is not None)
     result: dict[str, Any] = {
         "load_checkpoint": config.load_checkpoint,
-        "eval_dataset": config.eval_dataset.data_loader.dataset_dir,
+        "eval_dataset": "" if config.eval_dataset is None else config.eval_dataset.data_loader.dataset_dir,
     }
-    if loader is not None:
+    if "PerplexityMetric" in metrics:
         result["PerplexityMetric"] = _perplexity(config, net, loader)
+    if "ClassificationMetric" in metrics:
+        result["ClassificationMetric"] = _classification(loaded, net, loader)
+    if choices is not None:
+        from llm_core.evals.choice_run import measure_choices
+
+        result["ChoiceMetric"] = measure_choices(config, metrics["ChoiceMetric"], choices, net, tokenizer)
     if records is not None:
         result["EmF1Metric"] = _em_f1(config, net, spec, tokenizer, records)
     path = Path(config.output_dir) / RESULT_NAME
     write_whole(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.info(f"written to {path}")
     return 0
+
+
+def _require_fitting_head(loaded: LoadedConfig, metrics: dict[str, Any]) -> None:
+    arch = loaded.config.model.arch.type
+    fitting = {name for name in metrics if (name == "ClassificationMetric") != arch.endswith("ForCausalLM")}
+    if fitting != metrics.keys():
+        wrong = ", ".join(sorted(metrics.keys() - fitting))
+        raise UserError(
+            f"{loaded.path}: metric: {wrong} cannot be measured of {arch}: a classifier has ClassificationMetric, "
+            "and a language model all the others"
+        )
+
+
+def _classification(loaded: LoadedConfig, net: Any, loader: Any) -> dict[str, Any]:
+    from llm_core.evals.classification import Classification
+    from llm_core.models.heads import head_is_fresh
+
+    if head_is_fresh(net):
+        raise UserError(
+            f"{loaded.path}: the weights hold no head of this classifier, and a fresh one measures nothing: give the "
+            "output_dir of its training as load_checkpoint, or, of a training with an adapter, as --adapter_id"
+        )
+    measured = Classification(net).measure(loader)
+    console.result(measured.line())
+    return measured.figures()
 
 
 def _perplexity(config: Any, net: Any, loader: Any) -> dict[str, Any]:

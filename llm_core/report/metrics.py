@@ -43,8 +43,8 @@ class MetricsLog:
         """Append one line.
 
         The names in use: epoch, loss, lr, loss_scale, overflow, global_norm, step_ms, tokens_per_s,
-        supervised_tokens (of this step), eval_loss, ppl. NaN and infinity, which JSON lacks, are written as
-        null; None is left out. Numpy scalars are fine.
+        supervised_tokens (of this step), eval_loss, ppl, and of a classifier accuracy and f1. NaN and
+        infinity, which JSON lacks, are written as null; None is left out. Numpy scalars are fine.
         """
         if self._descriptor is None:
             raise ValueError(f"{self.path} has been closed")

@@ -46,9 +46,9 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str = "") 
     loss_axes.legend(frameon=False)
     loss_axes.set_title(title or "Training loss")
     loss_axes.xaxis.get_major_locator().set_params(integer=True)
-    _style(loss_axes)
+    style(loss_axes)
     _add_token_axis(loss_axes, metrics)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -80,7 +80,7 @@ def _draw_rate(axes: Any, steps: np.ndarray, rates: np.ndarray) -> None:
     axes.set_ylabel("learning\nrate")
     axes.set_ylim(0, max(rates.max() * 1.15, 1e-12))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    _style(axes)
+    style(axes)
 
 
 def _limits(losses: np.ndarray, eval_losses: np.ndarray) -> tuple[float, float]:
@@ -127,7 +127,8 @@ def _short(count: float) -> str:
     return f"{count:g}"
 
 
-def _style(axes: Any) -> None:
+def style(axes: Any) -> None:
+    """A light grid, and a frame on two sides."""
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -141,7 +142,8 @@ def column(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np
     return columns[:, 0], columns[:, 1]
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write `figure` as a PNG that has its name only when it is whole; returns `path`. EnvironmentFault on failure."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         figure.savefig(temporary, format="png")

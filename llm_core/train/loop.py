@@ -82,7 +82,9 @@ class Run:
     snapshot: Callable[[], dict[str, np.ndarray]]  # weights and optimizer state by name
     load: Callable[[dict[str, np.ndarray]], None]  # the reverse
     settings: dict[str, Any]  # what a resumed run must have in common with this one
-    evaluate: Callable[[], float] | None = None  # -> evaluation loss
+    adapter: dict[str, Any] | None = None  # how the trained adapter is made; None = all weights are trained
+    trainable: frozenset[str] | None = None  # names of weights to be saved alone as well
+    evaluate: Callable[[], dict[str, float]] | None = None  # -> figures for the metrics file, eval_loss among them
     sample: Callable[[], None] | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None  # TensorBoard
     operators: OperatorProfile | None = None
@@ -109,12 +111,13 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the tensors (JSON)."""
-        return {
+        state = {
             "cursor": asdict(self.cursor),
             "loss_scale": self.loss_scale.state_dict(),
             "anomaly": self.anomaly.state_dict(),
             "settings": self.settings,
         }
+        return state if self.adapter is None else {**state, "adapter": self.adapter}
 
 
 class _RolledBack(Exception):
@@ -299,8 +302,9 @@ def _between_steps(run: Run) -> None:
         _due(step, intervals.evaluate) or (epoch_ended and _due(run.cursor.epoch, intervals.evaluate_epochs))
     ):
         with run.timeline.span("evaluate", step):
-            metric = run.evaluate()
-        run.metrics.write(step=step, eval_loss=metric, ppl=math.exp(min(metric, 700.0)))
+            figures = run.evaluate()
+        metric = figures["eval_loss"]
+        run.metrics.write(step=step, **figures)
     if run.sample is not None and _due(step, intervals.sample):
         with run.timeline.span("sample", step):
             run.sample()
@@ -329,7 +333,7 @@ def save(run: Run, metric: float | None = None) -> None:
         return
     epoch, step_in_epoch = run.place(run.cursor.step)
     with run.timeline.span("save", run.cursor.step):
-        run.newest = run.store.save(epoch, step_in_epoch, run.snapshot(), run.state(), metric)
+        run.newest = run.store.save(epoch, step_in_epoch, run.snapshot(), run.state(), metric, run.trainable)
         run.saved_step, run.saved_at = run.cursor.step, time.monotonic()
     if time.monotonic() - run.drawn_at > DRAW_SECONDS:  # a plot takes up to a second; a save may come every step
         _plot(run)
