@@ -58,6 +58,16 @@ def tokenizer_file(folder: str | Path) -> Path | None:
     return None
 
 
+def tokenizer_policy(folder: str | Path) -> dict[str, bool]:
+    """add_bos_token and add_eos_token, as far as the folder's tokenizer_config.json says them."""
+    try:
+        content = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # none, or malformed: the tokenizer itself says so when it is loaded
+    said = content if isinstance(content, dict) else {}
+    return {name: said[name] for name in ("add_bos_token", "add_eos_token") if isinstance(said.get(name), bool)}
+
+
 def family_of(hf: Mapping[str, Any], source: str = "config.json") -> str:
     """The family, a key of `hf_keys.FAMILIES`. Raises UserError for one that is not supported."""
     kind = hf.get("model_type")

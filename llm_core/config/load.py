@@ -178,7 +178,7 @@ def _lay_hf_folder(tree: Node, changed: Node, folder: Path) -> tuple[Node, list[
     layer: dict[str, Any] = {"model": {"arch": {"type": _arch(config, changed)}, "model_config": config}}
     tokenizer = hf.tokenizer_file(folder)
     if tokenizer is not None:
-        layer["processor"] = {"tokenizer": {"vocab_file": str(tokenizer)}}
+        layer["processor"] = {"tokenizer": {"vocab_file": str(tokenizer), **hf.tokenizer_policy(folder)}}
     laid = lift(layer, Origin(str(source), _HF_RANK))
     # A mapping of RoPE parameters replaces another one whole; merging would keep its foreign parameters.
     without = _without(tree, "model.model_config.scaling_factor")
