@@ -127,7 +127,8 @@ def text_tokens(figure: str, tokenizer: Any, chunk: Any) -> int:
     if figure == "wiki":
         return len(chunk.arrays["ids"]) - 2 * chunk.counts["paragraphs"]
     counts = chunk.counts
-    return counts["tokens"] + counts["cut_tokens"] - 2 * counts["samples"]
+    samples = counts["samples"] - counts.get("dropped_empty_turns", 0)
+    return counts["tokens"] + counts["cut_tokens"] - 2 * samples
 
 
 def measure_peer(figure: str, data: Path, copies: int, **options: Any) -> dict[str, float]:
@@ -225,7 +226,7 @@ def copy_input(figure: str, data: Path, target: Path, copies: int) -> None:
 
 def texts_of(figure: str, data: Path) -> list[str]:
     """The texts that the stage encodes, in memory."""
-    from llm_core.data.conversations import alpaca_to_conversation, rounds_of
+    from llm_core.data.conversations import alpaca_to_conversation, sharegpt
     from llm_core.data.squad import read_squad
     from llm_core.data.wiki import paragraphs_of
     from llm_core.text.templates import conversation_template, render_rounds, squad_prompt
@@ -238,7 +239,13 @@ def texts_of(figure: str, data: Path) -> list[str]:
         return ["".join(squad_prompt(q.passage, q.question)) + q.answers[0] for q in questions]
     template = conversation_template("vicuna_v1.1")
     rows = [alpaca_to_conversation(row, i, f"row {i}") for i, row in enumerate(json.loads(source.read_bytes()))]
-    return ["".join(parts) for row in rows for parts in render_rounds(template, rounds_of(row, "row")[0])]
+    conversations = [sharegpt(row, "row") for row in rows]
+    rounds = [
+        tuple(message["content"] for message in conversation.messages)
+        for conversation in conversations
+        if not conversation.has_empty_turn
+    ]
+    return ["".join(parts) for pair in rounds for parts in render_rounds(template, [pair])]
 
 
 def find_data(given: str | None) -> Path | None:

@@ -59,3 +59,26 @@ def spm_model(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
     path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
+
+
+@pytest.fixture(scope="session")
+def marked_spm(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
+    """As `spm_model`, like Llama's and InternLM's own: text is left as it is, <eoa> and <eoh> are control pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus[:60_000].splitlines()),
+        model_writer=model,
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["<eoa>", "<eoh>"],
+        minloglevel=2,
+        num_threads=1,
+    )
+    path = tmp_path_factory.mktemp("marked") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from llm_core.disk import sha256
 from llm_core.errors import EnvironmentFault, UserError
 
 
-def find_inputs(pattern: str) -> list[Path]:
-    """Files that match `pattern` (a path or a glob; ** allowed), sorted. UserError if there is none."""
+def find_inputs(pattern: str, flag: str = "--input_glob") -> list[Path]:
+    """Files that match `pattern` (a path or a glob; ** allowed), sorted. UserError, naming `flag`, if there is none."""
     if not pattern:
-        raise UserError("--input_glob is empty: give a file or a pattern such as 'data/*.tokens'")
+        raise UserError(f"{flag} is empty: give a file or a pattern such as 'data/*.tokens'")
     if Path(pattern).is_file():  # also a name with [ or * in it
         return [Path(pattern)]
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
@@ -78,14 +80,101 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: malformed JSON: nested too deep") from None
 
 
-def read_json_rows(path: Path) -> list[Any]:
-    """A JSON file that is a list of rows. UserError if it is anything else, or an empty list."""
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: must be a JSON list of rows, and is a {type(rows).__name__}")
-    if not rows:
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a JSON list or of a JSONL file. lines: where each begins, counted from 1."""
+
+    path: Path
+    values: list[Any]
+    lines: list[int]
+    in_list: bool
+
+    def place(self, number: int) -> str:
+        """Row `number` (from 0) as messages name it: FILE:LINE, and in a list the row's number as well."""
+        return place_of(str(self.path), number, self.lines[number], self.in_list)
+
+
+def place_of(path: str, number: int, line: int, in_list: bool) -> str:
+    """See Rows.place."""
+    return f"{path}:{line}: row {number}" if in_list else f"{path}:{line}"
+
+
+def read_rows(path: Path) -> Rows:
+    """A JSON list of rows, or JSONL (a row a line, whatever the file's name). UserError if it is neither, or empty."""
+    text = decode_utf8(path, read_bytes(path))
+    if text.lstrip()[:1] == "[":
+        rows = _rows_of_list(path, text)
+    elif _is_json_lines(path, text):
+        rows = _rows_of_lines(path, text)
+    else:
+        raise UserError(f"{path}: must be a JSON list of rows, and is a {type(read_json(path)).__name__}")
+    if not rows.values:
         raise UserError(f"{path}: the list has no rows")
     return rows
+
+
+def _rows_of_list(path: Path, text: str) -> Rows:
+    """One row after the other, so that the line of each is known."""
+    decode = json.JSONDecoder().raw_decode
+    values, lines = [], []
+    line, counted = 1, 0
+    try:
+        position = _skip_space(text, text.index("[") + 1)
+        while text[position : position + 1] != "]":
+            if values:
+                if text[position : position + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+                position = _skip_space(text, position + 1)
+            line, counted = line + text.count("\n", counted, position), position
+            value, position = decode(text, position)
+            values.append(value)
+            lines.append(line)
+            position = _skip_space(text, position)
+        position = _skip_space(text, position + 1)
+        if position < len(text):
+            raise json.JSONDecodeError("Extra data", text, position)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{path}: malformed JSON: nested too deep") from None
+    return Rows(path, values, lines, in_list=True)
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _skip_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()
+
+
+def _is_json_lines(path: Path, text: str) -> bool:
+    """Whether the first line that is not blank is JSON by itself; a .jsonl is taken at its word."""
+    if path.suffix == ".jsonl":
+        return True
+    try:
+        json.loads(next(line for line in text.split("\n") if line.strip()))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _rows_of_lines(path: Path, text: str) -> Rows:
+    values, lines = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            values.append(parse_line(line, f"{path}:{number}"))
+            lines.append(number)
+    return Rows(path, values, lines, in_list=False)
+
+
+def parse_line(line: str | bytes, place: str) -> Any:
+    """One line of JSONL. UserError naming `place` if it is malformed."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: malformed JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{place}: malformed JSON: nested too deep") from None
 
 
 def required_text(row: Any, key: str, place: str) -> str:

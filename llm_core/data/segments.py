@@ -1,7 +1,7 @@
 """Token segments with loss flags -> rows of equal length.
 
-A segment is a run of tokens that is learnt or not. The flag comes from the text that a segment was made of, never
-from comparing ids, so that an answer that happens to contain the pad or eos id keeps its labels.
+A segment is a text or a list of special ids that is learnt or not. The flag comes from the segment, never from
+comparing ids, so that an answer that happens to contain the pad or eos id keeps its labels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 
 from llm_core.data.batch import IGNORED
 from llm_core.text import Tokenizer
+
+Segment = tuple[str | list[int], bool]  # text or special ids, and whether it is learnt
 
 
 @dataclass(frozen=True)
@@ -41,39 +43,61 @@ class Samples:
         return running[ends] - running[ends - self.lengths]
 
 
-def encode_samples(tokenizer: Tokenizer, samples: Sequence[Sequence[tuple[str, str]]]) -> Samples:
-    """Samples, each a list of rounds (prompt, answer) -> bos, then for each round: prompt, answer, eos.
+def encode_samples(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> Samples:
+    """Samples, each a list of segments -> their tokens.
 
-    Each round is encoded as one text. Learnt are the answers and the eos after them.
+    Texts that follow each other in a sample are encoded as one text; ids between two texts, an empty list too, keep
+    them apart.
     """
-    rounds = np.array([len(sample) for sample in samples], np.int64)
-    text_ids, counts = tokenizer.encode_parts([parts for sample in samples for parts in sample])
-    counts = counts.reshape(-1, 2)
-    bos, eos = tokenizer.start_ids, tokenizer.end_ids
-    # Segments in order: for each sample its bos, and for each of its rounds prompt, answer, eos.
-    first_rounds = np.cumsum(rounds) - rounds
-    segment_lengths = np.insert(
-        np.column_stack([counts, np.full(len(counts), len(eos))]).reshape(-1), 3 * first_rounds, len(bos)
-    )
-    is_bos = np.insert(np.zeros(3 * len(counts), bool), 3 * first_rounds, True)
-    kind = np.empty(len(is_bos), np.int8)  # 0 prompt, 1 answer, 2 eos, 3 bos
-    kind[is_bos] = 3
-    kind[~is_bos] = np.tile(np.array([0, 1, 2], np.int8), len(counts))
-    token_kind = np.repeat(kind, segment_lengths)
-    ids = np.empty(len(token_kind), np.int32)
-    ids[token_kind < 2] = text_ids
-    ids[token_kind == 2] = eos[0] if eos else 0
-    ids[token_kind == 3] = bos[0] if bos else 0
-    lengths = np.add.reduceat(segment_lengths, np.flatnonzero(is_bos)) if len(samples) else rounds
-    return Samples(ids, (token_kind == 1) | (token_kind == 2), lengths)
+    texts: list[list[str]] = []
+    special_ids: list[int] = []
+    lengths: list[int] = []  # of the segments; -1 for a text, whose tokens are not known yet
+    learnt: list[bool] = []
+    for sample in samples:
+        run = None  # of texts
+        for content, flag in sample:
+            learnt.append(flag)
+            if not isinstance(content, str):
+                special_ids += content
+                lengths.append(len(content))
+                run = None
+            elif content:
+                if run is None:
+                    run = []
+                    texts.append(run)
+                run.append(content)
+                lengths.append(-1)
+            else:
+                lengths.append(0)
+    segment_lengths = np.array(lengths, np.int64)
+    is_text = segment_lengths < 0
+    text_ids, segment_lengths[is_text] = tokenizer.encode_parts(texts)
+    token_is_text = np.repeat(is_text, segment_lengths)
+    ids = np.empty(len(token_is_text), np.int32)
+    ids[token_is_text] = text_ids
+    ids[~token_is_text] = special_ids
+    ends = np.cumsum([len(sample) for sample in samples], dtype=np.int64)
+    tokens_before = np.append(0, np.cumsum(segment_lengths))
+    sample_lengths = np.diff(tokens_before[ends], prepend=0)
+    return Samples(ids, np.repeat(np.array(learnt, bool), segment_lengths), sample_lengths)
 
 
-def cut_and_count(samples: Samples, width: int) -> tuple[Samples, dict[str, int]]:
+def plain_sample(tokenizer: Tokenizer, prompt: str, answer: str) -> list[Segment]:
+    """bos, prompt, answer, eos; learnt are the answer and the eos."""
+    return [(tokenizer.start_ids, False), (prompt, False), (answer, True), (tokenizer.end_ids, True)]
+
+
+def cut_and_count(samples: Samples, width: int, drop_long: bool = False) -> tuple[Samples, dict[str, int]]:
     """Samples of at most `width` tokens, and counts of what that took.
 
-    A longer sample is cut at its end. A sample that has nothing learnt (left) is dropped: it would only dilute.
-    Counts: tokens, supervised_tokens, masked_tokens (of what remains), cut_samples, cut_tokens, dropped_samples.
+    A longer sample is cut at its end, or with `drop_long` left out. A sample that has nothing learnt (left) is dropped:
+    it would only dilute. Counts: tokens, supervised_tokens, masked_tokens (of what remains), cut_samples, cut_tokens,
+    dropped_samples (whatever the reason), dropped_long_samples.
     """
+    total = len(samples.lengths)
+    long = samples.lengths > width
+    if drop_long:
+        samples = samples.select(~long)
     cut = samples.cut(width)
     kept = cut.learnt_counts() > 0
     excess = np.maximum(samples.lengths - width, 0)[kept]
@@ -85,7 +109,8 @@ def cut_and_count(samples: Samples, width: int) -> tuple[Samples, dict[str, int]
         "masked_tokens": len(remaining.ids) - supervised,
         "cut_samples": int((excess > 0).sum()),
         "cut_tokens": int(excess.sum()),
-        "dropped_samples": int((~kept).sum()),
+        "dropped_samples": total - int(kept.sum()),
+        "dropped_long_samples": int(long.sum()) if drop_long else 0,
     }
     return remaining, counts
 

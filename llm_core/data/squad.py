@@ -12,7 +12,7 @@ import numpy as np
 
 from llm_core.data.chunks import Chunk, Encoded
 from llm_core.data.inputs import read_json, required_text
-from llm_core.data.segments import Samples, cut_and_count, encode_samples, to_rows
+from llm_core.data.segments import Samples, cut_and_count, encode_samples, plain_sample, to_rows
 from llm_core.errors import UserError
 from llm_core.text import Tokenizer
 from llm_core.text.templates import squad_prompt
@@ -81,10 +81,11 @@ class EncodeSquadTrain:
 
     def __call__(self, tokenizer: Tokenizer, questions: list[Question]) -> Encoded:
         width = self.max_length + 1
-        rounds = [[("".join(squad_prompt(q.passage, q.question)), q.answers[0])] for q in questions]
-        samples = encode_samples(tokenizer, rounds)
-        fitting, counts = cut_and_count(samples.select(samples.lengths <= width), width)
-        counts["dropped_samples"] = len(questions) - len(fitting.lengths)
+        rows = [
+            plain_sample(tokenizer, "".join(squad_prompt(q.passage, q.question)), q.answers[0]) for q in questions
+        ]
+        samples = encode_samples(tokenizer, rows)
+        fitting, counts = cut_and_count(samples, width, drop_long=True)
         return Encoded(asdict(fitting), {"samples": len(questions), **counts})
 
 

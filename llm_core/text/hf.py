@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from llm_core.errors import UserError
-from llm_core.text.tokenizer import Tokenizer
+from llm_core.text.tokenizer import SpecialToken, Tokenizer
 
 # Read beside tokenizer.json when they are there, first answer wins.
 _NEIGHBOURS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -70,6 +70,15 @@ class HfTokenizer(Tokenizer):
         """See Tokenizer."""
         self._check_ids(ids)
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=skip_special)
+
+    @property
+    def special_tokens(self) -> list[SpecialToken]:
+        """See Tokenizer."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [
+            SpecialToken(added[token].content, (token,), added[token].lstrip, added[token].rstrip)
+            for token in sorted(self._special_ids)
+        ]
 
     def stream(self) -> HfStream:
         """See Tokenizer."""

@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 
 from llm_core.errors import UserError
-from llm_core.text.tokenizer import Tokenizer
+from llm_core.text.tokenizer import SpecialToken, Tokenizer
 
 _SPACE = "▁"
 
@@ -103,6 +103,12 @@ class SentencePieceTokenizer(Tokenizer):
         self._check_ids(ids)
         stream = SentencePieceStream(self, skip_special)
         return "".join(map(stream.push, ids)) + stream.flush()
+
+    @cached_property
+    def special_tokens(self) -> list[SpecialToken]:
+        """See Tokenizer. Control pieces; the unknown piece is none: no template writes it."""
+        controls = [token for token in range(self.vocab_size) if self._sp.is_control(token)]
+        return [SpecialToken(self._sp.id_to_piece(token), (token,)) for token in controls]
 
     def stream(self) -> SentencePieceStream:
         """See Tokenizer."""

@@ -33,6 +33,21 @@ def squad_prompt(passage: str, question: str) -> tuple[str, str]:
     )
 
 
+def choice_instruction(subject: str, question: str, choices: Sequence[str]) -> tuple[str, str]:
+    """A question of MMLU or CMMLU as an instruction and what it is about; `choice_answer` is what it asks for."""
+    instruction = (
+        f"The following question about {subject.replace('_', ' ')} has one right option among A, B, C and D. "
+        "Name it, and begin the answer with 'The right option is'."
+    )
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
+    return instruction, f"Question: {question}\n{options}"
+
+
+def choice_answer(letter: str) -> str:
+    """What `choice_instruction` asks for."""
+    return f"The right option is {letter}."
+
+
 def conversation_template(name: str) -> Any:
     """A fresh fastchat Conversation, e.g. "vicuna_v1.1". UserError for an unknown name.
 
@@ -42,7 +57,10 @@ def conversation_template(name: str) -> Any:
 
     if name not in conv_templates:
         raise UserError(f"{name}: fastchat has no conversation template of this name; vicuna_v1.1 is one")
-    return get_conv_template(name)
+    conversation = get_conv_template(name)
+    if conversation.sep_style is None:  # a service, whose prompts are not text
+        raise UserError(f"{name}: fastchat's template of this name writes no text; take another, such as vicuna_v1.1")
+    return conversation
 
 
 def render_rounds(conversation: Any, rounds: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -53,6 +71,17 @@ def render_rounds(conversation: Any, rounds: Sequence[tuple[str, str]]) -> list[
     the answer has its separator in front (" Hello"). An end mark after the answer (vicuna's "</s>") is not in it:
     it is a token, not text. The first prompt begins with the template's system message.
     """
+    written = written_rounds(conversation, rounds)
+    if not conversation.sep2:
+        return written
+    return [
+        (prompt, text.removesuffix(conversation.sep2) if answer else text)
+        for (prompt, text), (_, answer) in zip(written, rounds, strict=True)
+    ]
+
+
+def written_rounds(conversation: Any, rounds: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """As `render_rounds`, with whatever the template writes behind an answer."""
     user, assistant = conversation.roles[:2]
     rendered, done = [], ""
     for question, answer in rounds:
@@ -62,11 +91,9 @@ def render_rounds(conversation: Any, rounds: Sequence[tuple[str, str]]) -> list[
         conversation.update_last_message(answer)
         full = conversation.get_prompt()
         if not (prompt.startswith(done) and full.startswith(prompt)):
+            conversation.messages = []
             raise UserError(f"{conversation.name}: this template rewrites earlier rounds; use vicuna_v1.1")
-        written = full[len(prompt) :]
-        if answer and conversation.sep2:
-            written = written.removesuffix(conversation.sep2)
-        rendered.append((prompt[len(done) :], written))
+        rendered.append((prompt[len(done) :], full[len(prompt) :]))
         done = full
     conversation.messages = []
     return rendered

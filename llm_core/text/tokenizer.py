@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,19 @@ from typing import Protocol
 import numpy as np
 
 from llm_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A token that a text never contains; only a template writes it. ids: usually one.
+
+    takes_space_before, takes_space_behind: white space around it in the template belongs to it.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    takes_space_before: bool = False
+    takes_space_behind: bool = False
 
 
 class TextStream(Protocol):
@@ -67,6 +81,12 @@ class Tokenizer(ABC):
     @abstractmethod
     def stream(self) -> TextStream:
         """A decoder of one growing sequence; its pieces joined are `decode` of all ids."""
+
+    @property
+    def special_tokens(self) -> list[SpecialToken]:
+        """Every special token of the vocabulary, as a chat template spells it."""
+        ids = {token for token in (self.bos_id, self.eos_id, self.pad_id, self.unk_id) if token >= 0}
+        return [SpecialToken(self.id_to_piece(token), (token,)) for token in sorted(ids)]
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, on request with bos before or eos after it (where the tokenizer has one)."""

@@ -76,13 +76,15 @@ def test_ids_are_those_of_the_template_and_labels_are_the_answers(run_script, mo
     source = write_json(tmp_path / "conversations.json", ROWS)
     code, out, _ = run_script("llama_preprocess", *flags(source, model, tmp_path / "qa.mindrecord"))
     assert code == 0
-    assert f"Transformed {len(ROWS)} records." in out
+    kept = [r for r in ROWS if all(turn["value"] for turn in r["conversations"])]
+    assert len(kept) == len(ROWS) - 1
+    assert f"Transformed {len(kept)} records." in out
     bare = sentencepiece.SentencePieceProcessor(model_file=str(model))
     tok = load_tokenizer(model)
     records = read_all(tmp_path / "qa.mindrecord")
-    assert records["input_ids"].shape == records["labels"].shape == (len(ROWS), SEQ_LENGTH + 1)
+    assert records["input_ids"].shape == records["labels"].shape == (len(kept), SEQ_LENGTH + 1)
     supervised = 0
-    for number, source_row in enumerate(ROWS):
+    for number, source_row in enumerate(kept):
         turns = [turn["value"] for turn in source_row["conversations"]]
         expected, learnt_text = [1], []
         for first in range(0, len(turns), 2):
@@ -111,6 +113,7 @@ def test_ids_are_those_of_the_template_and_labels_are_the_answers(run_script, mo
     assert counts["supervised_tokens"] == supervised
     assert counts["tokens"] == counts["masked_tokens"] + supervised
     assert (counts["samples"], counts["cut_samples"], counts["dropped_samples"]) == (len(ROWS), 0, 0)
+    assert counts["dropped_empty_turns"] == 1
 
 
 def test_long_samples_are_cut_and_those_without_labels_dropped(run_script, spm_model, tmp_path):
@@ -185,9 +188,9 @@ BAD_ROWS = [
     ([{"conversations": "text"}], "row 0: 'conversations' must be a list"),
     ([{"conversations": [{"from": "human"}]}], "row 0, turn 0: has no key 'value'"),
     ([{"conversations": [{"from": "human", "value": 3}]}], "row 0, turn 0: 'value' must be a string"),
-    ([{"conversations": [{"from": "robot", "value": "x"}]}], "'from' must be 'human' or 'gpt', and is 'robot'"),
-    ([{"conversations": ROWS[0]["conversations"][:1] * 2}], "row 0: turn 1 is from 'human'"),
-    ([{"conversations": ROWS[0]["conversations"] + ROWS[0]["conversations"][1:]}], "'gpt' follow each other"),
+    ([{"conversations": [{"from": "robot", "value": "x"}]}], "or 'gpt' or 'assistant', and is 'robot'"),
+    ([{"conversations": ROWS[0]["conversations"][:1] * 2}], "row 0: turn 1 is the user's"),
+    ([{"conversations": ROWS[0]["conversations"] + ROWS[0]["conversations"][1:]}], "'assistant' follow each other"),
     ([row("half of a pair: \ud83d", "x")], "row 0, turn 0: 'value' has half a character in it (\\ud83d"),
     ({"conversations": []}, "must be a JSON list"),
     ([], "has no rows"),
@@ -234,7 +237,7 @@ def test_alpaca_rows_that_lack_a_key(run_script, tmp_path):
     source = write_json(tmp_path / "a.json", [{"instruction": "a", "output": "b"}, {"instruction": "a"}])
     code, _, err = run_script("alpaca_converter", "--data_path", source, "--output_path", tmp_path / "o.json")
     assert code == 2
-    assert f"{source}: row 1: has no key 'output'" in err
+    assert f"{source}:6: row 1: has no key 'output'" in err
     code, _, err = run_script("alpaca_converter", "--data_path", write_json(tmp_path / "b.json", ["x"]))
     assert code == 2 and "row 0" in err
     code, _, err = run_script("alpaca_converter", "--data_path", tmp_path / "none.json")

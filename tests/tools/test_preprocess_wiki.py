@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 
 from llm_core.data import chunks as chunks_module
-from llm_core.data import wiki
+from llm_core.data import plain, wiki
 from llm_core.data.preprocess import preprocess
 from llm_core.data.records import RecordFile
 from llm_core.data.wiki import WikiText, paragraphs_of
@@ -30,7 +30,7 @@ SEQ_LENGTH = 32
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Many chunks of a small text (only in this process: workers get the finished plan)."""
-    monkeypatch.setattr(wiki, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(plain, "_CHUNK_BYTES", 2000)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_any_number_of_workers_writes_the_same_bytes(text_file, spm_model, tmp_p
 
 def test_chunks_do_not_show(text_file, spm_model, tmp_path, monkeypatch):
     preprocess(WikiText([text_file], SEQ_LENGTH), tmp_path / "a.mindrecord", spm_model, num_workers=1)
-    monkeypatch.setattr(wiki, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(plain, "_CHUNK_BYTES", 1 << 20)
     preprocess(WikiText([text_file], SEQ_LENGTH), tmp_path / "b.mindrecord", spm_model, num_workers=1)
     assert np.array_equal(read_all(tmp_path / "a.mindrecord")["input_ids"],
                           read_all(tmp_path / "b.mindrecord")["input_ids"])

@@ -29,13 +29,12 @@ def main() -> None:
     """Convert every row; the output appears under its name when it is whole."""
     arguments = parse_arguments()
     from llm_core.data.conversations import alpaca_to_conversation
-    from llm_core.data.inputs import read_json_rows, write_whole
+    from llm_core.data.inputs import read_rows, write_whole
     from llm_core.report.console import console
 
-    rows = read_json_rows(arguments.data_path)
+    rows = read_rows(arguments.data_path)
     conversations = [
-        alpaca_to_conversation(row, number, f"{arguments.data_path}: row {number - 1}")
-        for number, row in enumerate(rows, 1)
+        alpaca_to_conversation(row, number + 1, rows.place(number)) for number, row in enumerate(rows.values)
     ]
     write_whole(arguments.output_path, json.dumps(conversations, ensure_ascii=False, indent=2).encode())
     console.result(f"{arguments.output_path}: {len(conversations)} conversations")
