@@ -7,19 +7,21 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import zip_longest
 
 from llm_core.config import LoadedConfig
 from llm_core.errors import UserError
 from llm_core.infer.history import History
-from llm_core.infer.load import load_completer
+from llm_core.infer.load import load_completer, open_tokenizer
 from llm_core.infer.sampling import SamplingParams, sampling_params
 from llm_core.report.console import console, is_terminal, paint
 from llm_core.signals import StopSignals
+from llm_core.text.chat import chat_format
 
 HELP = """/reset              forget the conversation
 /set                show the generation settings
-/set NAME VALUE     change one, e.g. /set temperature 0.7
-/template NAME      write the conversation by another fastchat template; none = plain continuation of your text
+/set NAME VALUE     change one, e.g. /set temperature 0.7, or several: /set do_sample False num_beams 4
+/template NAME      write the conversation in another chat format; none = plain continuation of your text
 /help, /quit        this text; leave (Ctrl-D leaves as well, Ctrl-C stops an answer)"""
 
 SETTABLE = (
@@ -30,20 +32,28 @@ SETTABLE = (
     "repetition_penalty",
     "max_new_tokens",
     "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "length_penalty",
+    "early_stopping",
+    "penalty_alpha",
+    "num_assistant_tokens",
 )
 
 
 def chat(loaded: LoadedConfig) -> int:
     """Talk with the model of `loaded` until /quit or the end of the input; returns the exit code.
 
-    The conversation is written by the template processor.chat_template. Answers go to stdout, all else to stderr.
+    The conversation is written in the format processor.chat_template. Answers go to stdout, all else to stderr.
     """
     config = loaded.config
     params = sampling_params(config.model.config)
     if params.num_return_sequences > 1:
         count = params.num_return_sequences
         raise UserError(f"num_return_sequences {count}: a chat has one answer to a message; set it to 1")
-    history = History(config.processor.chat_template)
+    history = History(chat_format(config.processor.conversation_format, open_tokenizer(loaded)))
     completer = load_completer(loaded)
     Chat(completer, params, history, config.seed).run()
     return 0
@@ -61,7 +71,7 @@ class Chat:
     def run(self) -> None:
         """Read lines until there are no more."""
         read = line_reader()
-        console.info(f"template {self.history.template}; /help lists the commands")
+        console.info(f"chat format {self.history.format.name}; /help lists the commands")
         while (line := read()) is not None:
             line = line.strip()
             try:
@@ -83,8 +93,8 @@ class Chat:
             self.history.rounds.clear()
             console.info("the conversation begins anew")
         elif word == "/template":
-            self.history = History(rest.strip(), self.history.rounds)
-            console.info(f"template {self.history.template}")
+            self.history = History(chat_format(rest.strip(), self.completer.tokenizer), self.history.rounds)
+            console.info(f"chat format {self.history.format.name}")
         elif word == "/set":
             self.params = changed_params(self.params, rest)
             console.info(", ".join(f"{name} {getattr(self.params, name)}" for name in SETTABLE))
@@ -93,9 +103,9 @@ class Chat:
 
     def answer(self, message: str) -> None:
         """Stream the answer to `message` to stdout and remember both."""
-        spec, tokenizer = self.completer.generator.spec, self.completer.tokenizer
+        spec = self.completer.generator.spec
         wanted = self.params.max_new_tokens or 256
-        ids, dropped = self.history.fit(message, tokenizer, spec.max_position, min(wanted, spec.max_position // 2))
+        ids, dropped = self.history.fit(message, spec.max_position, min(wanted, spec.max_position // 2))
         if dropped:
             console.info(
                 f"(the context, {spec.max_position} tokens, is full: the {dropped} oldest rounds are forgotten)"
@@ -104,11 +114,16 @@ class Chat:
             self.params,
             max_length=None,
             max_new_tokens=self.params.max_new_tokens and min(self.params.max_new_tokens, spec.max_position - len(ids)),
-            stop_strings=(*self.params.stop_strings, *self.history.stop_strings()),
         )
         with StopSignals(signal.SIGINT) as interrupted:
             [[completion]] = self.completer.complete_ids(
-                [message], [ids], params, seed=self.seed, on_text=_writer(), interrupted=interrupted
+                [message],
+                [ids],
+                params,
+                seed=self.seed,
+                on_text=_writer(),
+                interrupted=interrupted,
+                chat_format=self.history.format,
             )
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -119,23 +134,31 @@ class Chat:
 
 
 def changed_params(params: SamplingParams, text: str) -> SamplingParams:
-    """`params` with the change that "NAME VALUE" asks for; unchanged for "". UserError for a wrong name or value."""
-    name, _, value = text.strip().partition(" ")
-    if not name:
-        return params
-    if name not in SETTABLE:
-        near = difflib.get_close_matches(name, SETTABLE, 1)
-        raise UserError(f"/set {name}: {f'did you mean {near[0]}?' if near else 'one of ' + ', '.join(SETTABLE)}")
-    return replace(params, **{name: _parsed(name, value.strip(), type(getattr(SamplingParams, name)))})
+    """`params` with the changes that "NAME VALUE" asks for, once or several times; unchanged for "".
+
+    UserError for a wrong name or value, and for settings that do not go together once all are changed.
+    """
+    words = text.split()
+    changes = {}
+    for name, value in zip_longest(words[::2], words[1::2], fillvalue=""):
+        if name not in SETTABLE:
+            near = difflib.get_close_matches(name, SETTABLE, 1)
+            raise UserError(f"/set {name}: {f'did you mean {near[0]}?' if near else 'one of ' + ', '.join(SETTABLE)}")
+        changes[name] = _parsed(name, value, type(getattr(SamplingParams, name)))
+    return replace(params, **changes)
 
 
-def _parsed(name: str, value: str, kind: type) -> bool | int | float:
+def _parsed(name: str, value: str, kind: type) -> bool | int | float | str:
+    words = {"true": True, "false": False} if kind is bool else {}
+    if name == "early_stopping":
+        words["never"] = "never"
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[value.lower()]
+        if words:
+            return words[value.lower()]
         return float(value) if kind is float else int(value)
     except (KeyError, ValueError):
-        raise UserError(f"/set {name} {value}: not {'True or False' if kind is bool else 'a number'}") from None
+        wanted = " or ".join(map(str, words.values())) if words else "a number"
+        raise UserError(f"/set {name} {value}: not {wanted}") from None
 
 
 def line_reader() -> Callable[[], str | None]:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llm_core.data.conversations import alpaca_question
+from llm_core.data.inputs import required_text
 from llm_core.errors import UserError
+from llm_core.text.chat import PLAIN
+from llm_core.text.templates import alpaca_prompt
 
 FILE_SUFFIXES = (".txt", ".json", ".jsonl")
 
+Writer = Callable[[str, str], str]  # instruction and input -> the prompt
 
-def read_prompts(values: Sequence[str] | str) -> list[str]:
+
+def read_prompts(values: Sequence[str] | str, format_name: str = PLAIN) -> list[str]:
     """Expand --predict_data: a value that names a file stands for the prompts in it, any other is itself a prompt.
 
-    A .json file holds a list of strings, a .jsonl file one JSON string a line, every other file one prompt a line
-    (blank lines are skipped). Raises UserError for a file that is missing, empty, malformed or not UTF-8, with its
-    line.
+    A .json file holds a list, a .jsonl file an item a line, every other file one prompt a line (blank lines are
+    skipped). An item is a string, or a row of Alpaca's {"instruction", "input"}: under a chat format the instruction
+    with its input on the next line, under `format_name` none Stanford Alpaca's prompt. Raises UserError for a file that
+    is missing, empty, malformed or not UTF-8, with its line.
     """
     prompts: list[str] = []
     for value in [values] if isinstance(values, str) else values:
         if _names_a_file(value):
-            prompts += _read_file(Path(value))
+            prompts += _read_file(Path(value), alpaca_prompt if format_name == PLAIN else alpaca_question)
         else:
             prompts.append(value)
     if not prompts:
@@ -42,7 +49,7 @@ def _names_a_file(value: str) -> bool:
     return False
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, write: Writer) -> list[str]:
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -54,11 +61,11 @@ def _read_file(path: Path) -> list[str]:
         byte = f"0x{raw[error.start]:02x}"
         raise UserError(f"{path}:{line}: not UTF-8 text (byte {byte}); save the file as UTF-8") from None
     if path.suffix == ".json":
-        prompts = _strings(_parse_json(text, path, 1), path)
+        prompts = _prompts(_parse_json(text, path, 1), path, write)
     else:
         lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         if path.suffix == ".jsonl":
-            prompts = [_string(_parse_json(line, path, number), f"{path}:{number}") for number, line in lines]
+            prompts = [_prompt(_parse_json(line, path, number), f"{path}:{number}", write) for number, line in lines]
         else:
             prompts = [line for _, line in lines]
     if not prompts:
@@ -73,13 +80,17 @@ def _parse_json(text: str, path: Path, first_line: int):
         raise UserError(f"{path}:{first_line + error.lineno - 1}: malformed JSON: {error.msg}") from None
 
 
-def _strings(value, path: Path) -> list[str]:
+def _prompts(value, path: Path, write: Writer) -> list[str]:
     if not isinstance(value, list):
-        raise UserError(f"{path}: must hold a list of strings, not {type(value).__name__}")
-    return [_string(item, f"{path}: item {number}") for number, item in enumerate(value)]
+        raise UserError(f"{path}: must hold a list of strings or of Alpaca's rows, not {type(value).__name__}")
+    return [_prompt(item, f"{path}: item {number}", write) for number, item in enumerate(value)]
 
 
-def _string(value, place: str) -> str:
+def _prompt(value, place: str, write: Writer) -> str:
+    if isinstance(value, dict) and "instruction" in value:
+        extra = required_text(value, "input", place) if value.get("input") is not None else ""
+        return write(required_text(value, "instruction", place), extra)
     if not isinstance(value, str):
-        raise UserError(f"{place}: a prompt is a JSON string, not {type(value).__name__}")
+        what = "an object without 'instruction'" if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{place}: a prompt is a JSON string (or a row with 'instruction'), not {what}")
     return value

@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from pathlib import Path
 
 from llm_core.config import LoadedConfig
 from llm_core.infer.load import load_completer
 from llm_core.infer.prompts import read_prompts
-from llm_core.infer.results import prepare_output_dir, write_results
+from llm_core.infer.results import prepare_output_dir, write_answers, write_results
 from llm_core.infer.sampling import sampling_params
 from llm_core.report.console import console, is_terminal
 from llm_core.report.environment import save_run_record
@@ -24,8 +25,10 @@ def predict(loaded: LoadedConfig) -> int:
     """
     config = loaded.config
     params = sampling_params(config.model.config)
-    prompts = read_prompts(config.predict_data or config.input_data or [])
+    prompts = read_prompts(config.predict_data or config.input_data or [], config.processor.prompt_format)
     folder = prepare_output_dir(config.output_dir)
+    if config.save_file:
+        prepare_output_dir(Path(config.save_file).parent)
     completer = load_completer(loaded)
     save_run_record(folder, sys.argv, loaded.as_yaml())
 
@@ -34,7 +37,7 @@ def predict(loaded: LoadedConfig) -> int:
     started = time.perf_counter()
     with StopSignals(signal.SIGINT, signal.SIGTERM) as interrupted:
         if live:
-            _show(prompts[0])
+            _show(completer.shown(prompts[0]))
         for completions in completer.complete(
             prompts,
             params,
@@ -51,6 +54,9 @@ def predict(loaded: LoadedConfig) -> int:
     path = write_results(folder, results)
     console.info(_speed_line(results, completer.generator.timing, seconds))
     console.info(f"output result is saved at: {path}")
+    if config.save_file:
+        for file in write_answers(Path(config.save_file), results):
+            console.info(f"answers are saved at: {file}")
     if interrupted():
         console.warn(f"interrupted: {len(results)} of {len(prompts)} prompts were begun; what they got is in {path}")
         return interrupted.exit_code

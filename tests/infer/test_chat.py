@@ -6,43 +6,47 @@ from llm_core.errors import UserError
 from llm_core.infer.chat import changed_params
 from llm_core.infer.history import History
 from llm_core.infer.sampling import SamplingParams
+from llm_core.text.chat import chat_format
 
 
 def test_rounds_are_written_as_for_training(tokenizer):
-    history = History("vicuna_v1.1")
+    history = History(chat_format("vicuna_v1.1", tokenizer))
     history.add("Hi", " Hello ")
-    ids = history.ids("And now?", tokenizer)
+    ids = history.ids("And now?")
     assert ids.count(tokenizer.bos_id) == ids.count(tokenizer.eos_id) == 1
     end = ids.index(tokenizer.eos_id)
     assert tokenizer.decode(ids[:end]).endswith("USER: Hi ASSISTANT: Hello")
     assert tokenizer.decode(ids[end:]) == "USER: And now? ASSISTANT:"
-    assert "USER:" in history.stop_strings()
+    assert "USER:" in history.format.stop_strings
 
 
 def test_plain_history_is_one_text(tokenizer):
-    history = History("none")
+    history = History(chat_format("none", tokenizer))
     history.add("Once upon", " a time")
-    assert history.ids("there was", tokenizer) == tokenizer.encode("Once upon a time\nthere was", bos=True)
-    assert history.stop_strings() == []
+    assert history.ids("there was") == tokenizer.encode("Once upon a time\nthere was", bos=True)
+    assert history.format.stop_strings == ()
 
 
 def test_the_oldest_rounds_are_forgotten_first(tokenizer):
-    history = History("none")
+    history = History(chat_format("none", tokenizer))
     for number in range(10):
         history.add(f"question {number}", " word" * 10)
-    room = len(history.ids("last", tokenizer)) // 2
-    ids, dropped = history.fit("last", tokenizer, context=2 * room, room=room)
+    room = len(history.ids("last")) // 2
+    ids, dropped = history.fit("last", context=2 * room, room=room)
     assert len(ids) <= room
     assert 0 < dropped < 10
     assert history.rounds[0][0] == f"question {dropped}"
     with pytest.raises(UserError, match="this message has"):
-        history.fit("word " * 100, tokenizer, context=50, room=10)
+        history.fit("word " * 100, context=50, room=10)
     assert history.rounds == []
 
 
-def test_an_unknown_template_is_refused():
-    with pytest.raises(UserError, match="vicuna_v1.1"):
-        History("vicunna")
+def test_internlm_history_has_one_bos_and_no_eos(tokenizer):
+    history = History(chat_format("internlm", tokenizer))
+    history.add("Hi", "Hello ")
+    ids = history.ids("And now?")
+    assert (ids.count(tokenizer.bos_id), ids.count(tokenizer.eos_id)) == (1, 0)
+    assert tokenizer.decode(ids).replace("> ", ">").count("<|Bot|>:") == 2
 
 
 def test_settings_are_changed_by_name():

@@ -3,11 +3,12 @@
 import ast
 import json
 
+import numpy as np
 import pytest
 
 from llm_core.errors import EnvironmentFault
 from llm_core.infer.complete import Completion
-from llm_core.infer.results import prepare_output_dir, write_results
+from llm_core.infer.results import prepare_output_dir, write_answers, write_results
 
 
 def completion(prompt, text, sequence=0):
@@ -45,3 +46,15 @@ def test_a_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(EnvironmentFault, match="cannot write the results"):
         write_results(tmp_path, [[completion("a", "b")]])
     assert [file.name for file in tmp_path.iterdir()] == ["text_generation_result.jsonl"]
+
+
+def test_answers_as_an_array_and_readable(tmp_path):
+    results = [[completion("q1", " one")], [completion("q2", "天空\n")]]
+    npy, readable = write_answers(tmp_path / "results.npy", results)
+    assert np.load(npy).tolist() == [" one", "天空\n"]
+    assert json.loads(readable.read_text(encoding="utf-8")) == [
+        {"prompt": "q1", "answer": " one"}, {"prompt": "q2", "answer": "天空\n"}]  # fmt: skip
+    write_answers(npy, [[completion("q", "a"), completion("q", "b", 1)]] * 3)
+    assert np.load(npy).shape == (3, 2)
+    (text,) = write_answers(tmp_path / "results.txt", results)
+    assert "'q1 one'" in text.read_text(encoding="utf-8")

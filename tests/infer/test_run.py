@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llm_core.config import load_config
@@ -122,7 +123,7 @@ def test_chat_over_a_pipe(run_file):
     done = command_line(["chat", "--config", run_file], input=typed)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    for note in ("template vicuna_v1.1", "did you mean temperature", "max_new_tokens 3", "/nonsense", "template none"):
+    for note in ("format vicuna_v1.1", "did you mean temperature", "max_new_tokens 3", "/nonsense", "format none"):
         assert note in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -152,6 +153,49 @@ def test_the_script_refuses_wrong_arguments(arguments):
 
 def test_nothing_imports_mindspore_before_the_environment_is_set():
     """OMP_WAIT_POLICY counts only if it is there when MindSpore is imported: runtime.start does both."""
-    modules = ("api", "infer.run", "infer.chat", "infer.load", "infer.complete", "infer.results", "infer.sampling")
+    modules = ["api"]
+    modules += [f"infer.{name}" for name in ("run", "chat", "load", "complete", "results", "sampling", "scores")]
     code = f"import sys; [__import__('llm_core.' + name) for name in {modules}]; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_internlm_processor_wraps_prompts_and_answers_are_saved(run_file, marked_spm, tmp_path):
+    from llm_core import api
+
+    tokenizer = {"processor.tokenizer.vocab_file": str(marked_spm), "processor.type": "InternLMProcessor"}
+    wrapped = api.load(run_file, **tokenizer)
+    assert wrapped.completer.chat_format.name == "internlm"
+    ids = wrapped.completer.encode(["Hi"], wrapped.params)[0]
+    known = {token.text: token.ids[0] for token in wrapped.completer.tokenizer.special_tokens}
+    assert ids[0] == 1 and ids.count(known["<eoh>"]) == 1
+    [[completion]] = wrapped.completer.complete(["Hi"], wrapped.params)
+    assert completion.prompt.startswith("<s><|User|>:Hi<eoh>")
+    assert known["<eoa>"] in wrapped.completer.generator.eos_ids
+    plain = api.load(run_file, **tokenizer, **{"processor.chat_template": "none"})
+    assert plain.completer.encode(["Hi"], plain.params)[0] == [1, *plain.completer.tokenizer.encode("Hi")]
+
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "Add", "input": "1 2", "output": "3"}, "Hi"]))
+    flags = [word for key, value in tokenizer.items() for word in (f"--{key}", value)]
+    arguments = ["--config", run_file, "--predict_data", rows, "--output_dir", tmp_path, "--save_file"]
+    done = command_line([*arguments, tmp_path / "new" / "results.npy", *flags])
+    assert done.returncode == 0, done.stderr
+    answers = np.load(tmp_path / "new" / "results.npy")
+    pairs = json.loads((tmp_path / "new" / "results.npy.json").read_text(encoding="utf-8"))
+    assert [pair["answer"] for pair in pairs] == answers.tolist()
+    assert pairs[0]["prompt"].startswith("<s><|User|>:Add\n1 2<eoh>")
+
+
+def test_an_answer_ends_at_the_formats_mark(generator, tokenizer):
+    """The first token that the model writes is declared the mark: then the answer is empty."""
+    from llm_core.infer.complete import Completer
+    from llm_core.infer.sampling import SamplingParams
+    from llm_core.text.chat import PlainFormat
+
+    format = PlainFormat(tokenizer)
+    params = SamplingParams(do_sample=False, max_new_tokens=5)
+    [[free]] = Completer(generator, tokenizer).complete(["Hello"], params)
+    format.stop_ids = (free.token_ids[0],)
+    [[ended]] = Completer(generator, tokenizer, format).complete(["Hello"], params)
+    assert (ended.text, ended.finish_reason, ended.token_ids) == ("", "eos", free.token_ids[:1])
+    generator.eos_ids = frozenset()
