@@ -6,6 +6,7 @@ import glob
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from llm_core.config.device_section import ASCEND_ONLY
 from llm_core.config.schema import RunConfig
@@ -142,7 +143,15 @@ def _map_model(config: RunConfig, tree: Node) -> tuple[object, list[str]]:
         given = [name for name in names if find(tree, f"model.model_config.{name}") is not None]
         if given:
             notes.append(f"model.model_config {', '.join(given)}: {narrow} -> float32: {reason}")
+    notes += _notes_on_factors(section.pet_config)
     return config.model.model_copy(update={"config": section.model_copy(update=update)}), notes
+
+
+def _notes_on_factors(pet: Any) -> list[str]:
+    """Types that pet_config gives to an adapter: its factors are float32, and products are bfloat16 or float32."""
+    wanted = {"param_init_type": ("float16", "bfloat16"), "compute_dtype": ("float16",)}
+    names = [name for name, narrow in wanted.items() if getattr(pet, name, None) in narrow]
+    return [f"model.model_config.pet_config {', '.join(names)}: -> float32 on a CPU"] if names else []
 
 
 def _has_bf16_products() -> bool:

@@ -12,6 +12,7 @@ from llm_core.config.train_section import (
     AnomalySection,
     Callback,
     LrSchedule,
+    Metric,
     MetricSection,
     Optimizer,
     RunnerConfig,
@@ -42,6 +43,10 @@ class RunConfig(Section):
     load_checkpoint: str = key(
         "", "Weights: a file, a folder of files (merged), a folder with rank_N, an output_dir, or an HF folder."
     )
+    adapter_id: str | None = key(
+        None,
+        "Adapter to start from: a run's output_dir, a file, a PEFT folder, or a name in adapters beside the base.",
+    )
     resume_training: bool | str = key(
         False,
         "True = go on from the newest whole checkpoint of output_dir or load_checkpoint; a file name = from that one.",
@@ -61,6 +66,9 @@ class RunConfig(Section):
         None, "Prompts, or a file with one prompt a line."
     )
     input_data: Annotated[list[str] | None, BeforeValidator(_as_list)] = key(None, "As predict_data, which wins.")
+    save_file: str | None = key(
+        None, "Write the answers of a predict run to this file as well: NAME.npy = an array of strings, and NAME.npy.json."
+    )
     predict_batch_size: int | None = key(None, "Prompts answered together; null = up to 8.", ge=1)
 
     trainer: TrainerSection = key(TrainerSection.model_construct(), "Kept for MindFormers' files.")
@@ -74,7 +82,7 @@ class RunConfig(Section):
     train_dataset_task: DatasetTask | None = key(None, "Kept for MindFormers' files; train_dataset is read.")
     eval_dataset: DatasetSection | None = key(None, "Evaluation data.")
     eval_dataset_task: DatasetTask | None = key(None, "Kept for MindFormers' files; eval_dataset is read.")
-    metric: Annotated[list[MetricSection], BeforeValidator(_as_list)] = key(
+    metric: Annotated[list[Metric], BeforeValidator(_as_list)] = key(
         [MetricSection.model_construct()], "What run_mode eval measures: one, or a list."
     )
     callbacks: list[Callback] = key([], "What happens during training: log line, checkpoints, samples, TensorBoard.")

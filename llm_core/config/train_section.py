@@ -250,6 +250,7 @@ class CheckpointMonitor(Section):
     keep_checkpoint_max: int = key(5, "How many to keep.", ge=1)
     keep_checkpoint_per_n_minutes: int = key(0, "Keep one of every so many minutes besides; 0 = do not.", ge=0)
     save_network_params: bool = key(False, "Write the weights alone into checkpoint_network/ as well.")
+    save_trainable_params: bool = key(False, "Write the trainable weights alone into checkpoint_trainable/ as well.")
     checkpoint_format: Literal["safetensors", "ckpt"] = key("safetensors", "File format.")
     keep_best: Literal["eval_loss"] | None = key(None, "Keep the checkpoint with the lowest of this. (Ours.)")
 
@@ -275,9 +276,25 @@ Callback = Annotated[LossMonitor | CheckpointMonitor | SummaryMonitor | SampleMo
 
 
 class MetricSection(Section):
-    """What run_mode eval measures."""
+    """What run_mode eval measures on eval_dataset."""
 
-    type: Literal["PerplexityMetric", "EmF1Metric"] = key("PerplexityMetric", "The metric.")
+    type: Literal["PerplexityMetric", "EmF1Metric", "ClassificationMetric"] = key("PerplexityMetric", "The metric.")
+
+
+class ChoiceMetricSection(Section):
+    """MMLU or CMMLU: questions of four choices in CSV files. (Ours.)"""
+
+    type: Literal["ChoiceMetric"]
+    path: str = key("", "The benchmark's folder, which holds dev/ and test/ (or val/), or a folder of .csv files.")
+    split: str = key("test", "Which of its folders is asked.", min_length=1)
+    shots: int = key(0, "Examples of dev/ before each question.", ge=0)
+    method: Literal["likelihood", "generation"] = key(
+        "likelihood", "The likeliest letter, or the first one that the model writes."
+    )
+    num_samples: int | None = key(None, "Ask the first so many questions of each subject; null = all.", ge=1)
+
+
+Metric = Annotated[MetricSection | ChoiceMetricSection, Field(discriminator="type")]
 
 
 Action = Literal["stop", "skip", "rollback"]

@@ -117,16 +117,16 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
     need(mode is not None, "run_mode", "is not given; add --run_mode train, finetune, eval or predict")
     if config.use_parallel:
         _need_launcher(where("use_parallel"), problems)
-    need(
-        config.model.config.pet_config is None, "model.model_config.pet_config",
-        "parameter-efficient tuning is not built yet; remove the section to tune all weights",
-    )  # fmt: skip
     need(not config.only_save_strategy, "only_save_strategy", "one process has no layout to save; set it to False")
     if mode in ("train", "finetune"):
         _need_training(config, need)
-    if mode == "eval" or (config.do_eval and mode in ("train", "finetune")):
+    measures_records = mode == "eval" and any(metric.type != "ChoiceMetric" for metric in config.metric)
+    if measures_records or (config.do_eval and mode in ("train", "finetune")):
         has_data = config.eval_dataset is not None and config.eval_dataset.data_loader.dataset_dir
         need(bool(has_data), "eval_dataset.data_loader.dataset_dir", "no evaluation data; add --eval_dataset_dir FILE")
+    writes = config.model.arch.type.endswith("ForCausalLM")
+    need(writes or mode != "predict", "model.arch.type", "a classifier writes no text; --run_mode eval measures it")
+    need(writes or config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor: a classifier writes no text")
     if mode == "predict" and prompts:
         need(
             bool(config.predict_data or config.input_data),

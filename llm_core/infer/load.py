@@ -6,24 +6,28 @@ import json
 import signal
 from typing import TYPE_CHECKING
 
-from llm_core.config import LoadedConfig
+from llm_core.config import LoadedConfig, load_config
+from llm_core.config.hf_folder import is_hf_folder
 from llm_core.errors import UserError
 from llm_core.infer.complete import Completer
 from llm_core.report.console import console
 from llm_core.signals import signals_blocked
 from llm_core.text import Tokenizer, load_tokenizer
+from llm_core.text.chat import PLAIN, chat_format
 
 if TYPE_CHECKING:
+    from llm_core.infer.generate import Generator
     from llm_core.models.decoder import CausalLM
     from llm_core.models.spec import DecoderSpec
+    from llm_core.peft.adapters import Adapter
 
 
 def load_for_inference(
     loaded: LoadedConfig, *, need_tokenizer: bool = True
 ) -> tuple[CausalLM, DecoderSpec, Tokenizer | None]:
-    """Start MindSpore, build the model of `model`, load load_checkpoint into it, and load the tokenizer.
+    """Start MindSpore, build the model of `model`, load load_checkpoint and the adapter into it, and the tokenizer.
 
-    Raises UserError if there is no checkpoint or it does not fit, and if the tokenizer is not there or does not fit.
+    Raises UserError if there is no checkpoint, and if it, the adapter or the tokenizer is not there or does not fit.
     The tokenizer is looked at first: that takes a moment, the weights may take minutes. need_tokenizer=False: None
     where processor.tokenizer.vocab_file is not set.
     """
@@ -41,38 +45,92 @@ def load_for_inference(
     tokenizer = None
     if need_tokenizer or config.processor.tokenizer.vocab_file:
         tokenizer = load_fitting_tokenizer(loaded, spec)
+    adapter = adapter_for_inference(loaded, spec)
     with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
         runtime.start(config)
 
-    from llm_core.checkpoint.weights import load_into, open_weights
-    from llm_core.models.decoder import CausalLM, describe_operators
+    from llm_core.models.decoder import describe_operators
+    from llm_core.peft.adapters import load_adapter, load_base
+    from llm_core.peft.apply import build_net, describe_parameters
 
-    weights = open_weights(config.load_checkpoint)
-    try:
-        weights.verify()
-        net = CausalLM(spec, seed=None)
-        report = load_into(net, weights, source=config.load_checkpoint)
-    finally:
-        weights.close()
+    pet = None if adapter is None else adapter.pet
+    net = build_net(spec, pet, seed=None)
+    report = load_base(net, config.load_checkpoint)
+    if adapter is not None:
+        load_adapter(net, adapter)
+        report.missing[:] = [name for name in report.missing if name not in adapter.tensors]  # a classifier's head
     net.set_train(False)
     console.info(describe_operators(spec))
-    console.info(f"{config.load_checkpoint}: {report.line()}; the model has {spec.num_parameters:,} parameters")
+    console.info(f"{config.load_checkpoint}: {report.line()}")
+    if adapter is not None:
+        console.info(adapter.line())
+    console.info(f"model: {describe_parameters(spec, pet)}")
     return net, spec, tokenizer
 
 
+def adapter_for_inference(loaded: LoadedConfig, spec: DecoderSpec) -> Adapter | None:
+    """The adapter to predict or evaluate with; UserError where pet_config asks for one and none is named."""
+    from llm_core.peft.adapters import open_adapter
+
+    adapter = open_adapter(loaded.config, spec)
+    if adapter is None and loaded.config.model.config.pet_config is not None:
+        raise UserError(
+            f"{loaded.path}: model.model_config.pet_config is set, and there is no adapter: name it with --adapter_id "
+            "(the output_dir of its training, a file, or a PEFT folder), or remove pet_config to run the base alone"
+        )
+    return adapter
+
+
 def load_completer(loaded: LoadedConfig) -> Completer:
-    """As `load_for_inference`, wrapped for generating text."""
+    """As `load_for_inference`, wrapped for generating text; InternLMProcessor writes prompts as a chat."""
     net, spec, tokenizer = load_for_inference(loaded)
     from llm_core.infer.generate import Generator
 
     config = loaded.config.model.config
-    return Completer(Generator(net, spec, eos_ids=end_ids(config), pad_id=config.pad_token_id), tokenizer)
+    generator = Generator(net, spec, eos_ids=end_ids(config), pad_id=config.pad_token_id)
+    prompt_format = loaded.config.processor.prompt_format
+    chat = None if prompt_format == PLAIN else chat_format(prompt_format, tokenizer)
+    return Completer(generator, tokenizer, chat, load_assistant(loaded))
+
+
+def load_assistant(loaded: LoadedConfig) -> Generator | None:
+    """The small model of model.model_config.assistant, None where that is not set.
+
+    It is a run file with its own load_checkpoint, or a Hugging Face folder. Raises UserError as for the model itself.
+    """
+    name = loaded.config.model.config.assistant
+    if not name:
+        return None
+    try:
+        if is_hf_folder(name):
+            own = {"load_checkpoint": name, "adapter_id": None, "model.model_config.pet_config": None}
+            small = load_config(loaded.path, list(own.items()))
+        else:
+            small = load_config(name)
+        net, spec, _ = load_for_inference(small, need_tokenizer=False)
+    except UserError as error:
+        raise UserError(f"model.model_config.assistant {name}: {error}") from None
+    from llm_core.infer.generate import Generator
+
+    config = loaded.config.model.config
+    return Generator(net, spec, eos_ids=end_ids(config), pad_id=config.pad_token_id)
 
 
 def end_ids(model_config) -> list[int]:
     """eos_token_id as a list (a YAML may hold one id or several)."""
     ids = model_config.eos_token_id
     return list(ids) if isinstance(ids, list) else [ids]
+
+
+def open_tokenizer(loaded: LoadedConfig) -> Tokenizer:
+    """The tokenizer of processor.tokenizer; UserError if none is named or it cannot be read."""
+    section = loaded.config.processor.tokenizer
+    if not section.vocab_file:
+        raise UserError(
+            f"{loaded.path}: processor.tokenizer.vocab_file is not set: name the model's tokenizer.model or "
+            "tokenizer.json with --processor.tokenizer.vocab_file"
+        )
+    return load_tokenizer(section.vocab_file, add_bos=section.add_bos_token, add_eos=section.add_eos_token)
 
 
 def load_fitting_tokenizer(loaded: LoadedConfig, spec: DecoderSpec) -> Tokenizer:
@@ -82,12 +140,7 @@ def load_fitting_tokenizer(loaded: LoadedConfig, spec: DecoderSpec) -> Tokenizer
     warns (bos is the tokenizer's, the end is model_config's).
     """
     section, model_config = loaded.config.processor.tokenizer, loaded.config.model.config
-    if not section.vocab_file:
-        raise UserError(
-            f"{loaded.path}: processor.tokenizer.vocab_file is not set: name the model's tokenizer.model or "
-            "tokenizer.json with --processor.tokenizer.vocab_file"
-        )
-    tokenizer = load_tokenizer(section.vocab_file, add_bos=section.add_bos_token, add_eos=section.add_eos_token)
+    tokenizer = open_tokenizer(loaded)
     if tokenizer.vocab_size > spec.vocab_size:
         raise UserError(
             f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {spec.vocab_size} "

@@ -19,9 +19,18 @@ def initial_normal(name: str, shape: tuple[int, ...], std: float, seed: int | No
     """
     if seed is None:
         return Tensor(np.zeros(shape, np.float32))
+    return Tensor(_generator(name, seed).standard_normal(shape, dtype=np.float32) * np.float32(std))
+
+
+def initial_uniform(name: str, shape: tuple[int, ...], bound: float, seed: int) -> Tensor:
+    """As `initial_normal`, uniform between -bound and bound."""
+    values = _generator(name, seed).random(shape, dtype=np.float32)
+    return Tensor((2 * values - 1) * np.float32(bound))
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return Tensor(generator.standard_normal(shape, dtype=np.float32) * np.float32(std))
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 class Linear(nn.Cell):
@@ -40,7 +49,8 @@ class Linear(nn.Cell):
         self.product = core_ops.LinearProduct(bf16)
         self.add_bias = ops.BiasAdd()
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        """key: of dropout (`ops.dropout_key`), of which a plain layer has none."""
         y = self.product(x, self.weight)
         return y if self.bias is None else self.add_bias(y, self.bias)
 

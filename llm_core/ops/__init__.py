@@ -23,11 +23,11 @@ from typing import Any
 
 from llm_core import kernels, runtime
 from llm_core.ops import reference
-from llm_core.ops.reference.dropout import Dropout, DropoutMask, dropout_key
+from llm_core.ops.reference.dropout import DropoutMask, dropout_key
 
 OPERATORS = tuple(name for name in reference.__all__ if not name.endswith("_refusal"))
 __all__ = [
-    "OPERATORS", "Backend", "Dropout", "DropoutMask", "backend", "decode_layer", "describe", "dropout_key", *OPERATORS,
+    "OPERATORS", "Backend", "DropoutMask", "backend", "decode_layer", "describe", "dropout_key", *OPERATORS,
 ]  # fmt: skip
 
 

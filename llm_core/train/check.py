@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,11 @@ from llm_core.data.open import open_loader
 from llm_core.data.records import RecordFile
 from llm_core.data.show import as_text, learnt_tokens, legend, tokenizer_facts
 from llm_core.errors import EnvironmentFault, UserError
+from llm_core.infer.load import adapter_for_inference
 from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import DecoderSpec, spec_from_config
+from llm_core.peft.adapters import Adapter, base_alone, holds_adapter, open_adapter
+from llm_core.peft.apply import describe_parameters, parameter_counts
 from llm_core.report.console import console, paint
 from llm_core.text import Tokenizer, load_tokenizer
 from llm_core.train.resume import store_of
@@ -40,10 +44,14 @@ def check(loaded: LoadedConfig) -> int:
     table = _Table()
     table.look("config", lambda: _config(loaded))
     spec = table.look("model", lambda: spec_from_config(config.model), _describe_model)
+    adapter = _check_adapter(table, loaded, spec) if spec else None
+    pet = config.model.config.pet_config or (adapter and adapter.pet)
+    if spec:
+        table.look("parameters", lambda: describe_parameters(spec, pet))
     table.look("output", lambda: _output_folder(config))
     training = config.run_mode in ("train", "finetune")
     if training and spec:
-        table.look("disk", lambda: _disk_room(config, spec))
+        table.look("disk", lambda: _disk_room(config, spec, pet))
     tokenizer = _check_tokenizer(table, config, spec)
     kinds = ["train"] * training + ["eval"] * (config.run_mode == "eval" or (training and config.do_eval))
     for kind in kinds:
@@ -106,8 +114,8 @@ def _config(loaded: LoadedConfig) -> str:
 
 def _describe_model(spec: DecoderSpec) -> str:
     return (
-        f"{spec.num_parameters:,} parameters: {spec.num_layers} layers, {spec.hidden_size} wide, {spec.num_heads} "
-        f"heads ({spec.num_kv_heads} kv), vocabulary {spec.vocab_size}"
+        f"{spec.num_layers} layers, {spec.hidden_size} wide, {spec.num_heads} heads ({spec.num_kv_heads} kv), "
+        f"vocabulary {spec.vocab_size}"
     )
 
 
@@ -142,14 +150,15 @@ def _resume_point(config: RunConfig) -> str:
     return f"from {latest}" if latest else f"{store.folder}: no checkpoint yet; the run starts from the beginning"
 
 
-def _disk_room(config: RunConfig, spec: DecoderSpec) -> str:
+def _disk_room(config: RunConfig, spec: DecoderSpec, pet: Any) -> str:
     """Room for the checkpoints that the run will keep, and the one that is written before the oldest goes."""
     monitor = config.callback("CheckpointMonitor")
     if monitor is None:
         return "no CheckpointMonitor: only a stop signal saves a checkpoint"
     folder = Path(monitor.directory or config.output_dir)
     states = _STATES_PER_WEIGHT.get(config.optimizer.type.lower(), 2) if config.optimizer else 2
-    one = 4 * spec.num_parameters * (1 + states + monitor.save_network_params)
+    weights = parameter_counts(spec, pet)[0]  # of an adapter's run these alone are saved
+    one = 4 * weights * (1 + states + monitor.save_network_params + monitor.save_trainable_params)
     count = monitor.keep_checkpoint_max + 1 + (monitor.keep_best is not None)
     there = sum(file.stat().st_size for file in folder.glob("checkpoint*/rank_*/*") if file.is_file())
     free = shutil.disk_usage(_nearest_existing(folder)).free
@@ -284,14 +293,33 @@ def _first_record(loader: Loader, config: RunConfig, tokenizer: Tokenizer) -> st
 # --------------------------------------------------------------------------------------------------- weights
 
 
+def _check_adapter(table: _Table, loaded: LoadedConfig, spec: DecoderSpec) -> Adapter | None:
+    """The adapter that the run starts from, or predicts with."""
+    config = loaded.config
+    if config.run_mode in ("eval", "predict") and (config.model.config.pet_config or _names_adapter(config)):
+        return table.look("adapter", lambda: adapter_for_inference(loaded, spec), Adapter.line)
+    if _names_adapter(config):
+        return table.look("adapter", lambda: open_adapter(config, spec), Adapter.line)
+    return None
+
+
+def _names_adapter(config: RunConfig) -> bool:
+    if config.adapter_id:
+        return True
+    try:
+        return bool(config.load_checkpoint) and holds_adapter(config.load_checkpoint)
+    except UserError:  # the line of the weights says it
+        return False
+
+
 def _weights(path: str, spec: DecoderSpec) -> str:
     """Names and shapes of the file against the model's, from the file's heads."""
     weights = open_weights(path)
     try:
-        report = compare(weights, parameter_shapes(spec))
+        report = compare(base_alone(weights, path), parameter_shapes(spec))
     finally:
         weights.close()
-    if report.missing or report.shape_mismatch:
+    if set(report.missing) - set(report.fresh_head) or report.shape_mismatch:
         raise UserError(f"load_checkpoint: {path}: {_misfit(report)}. Check model.model_config against the file.")
     return f"{path}: {report.line()}"
 

@@ -11,6 +11,7 @@ import numpy as np
 from llm_core.checkpoint.store import CheckpointStore
 from llm_core.config import RunConfig
 from llm_core.errors import UserError
+from llm_core.peft.adapters import Adapter, pet_from_dict
 from llm_core.report.console import console
 
 
@@ -45,7 +46,8 @@ def resume_point(config: RunConfig, own: CheckpointStore) -> ResumePoint | None:
 
     resume_training True takes the newest whole checkpoint of output_dir, else of load_checkpoint if that is a run's
     folder or file; so the same command goes on after every kill. A string names the file. Nothing there yet is no
-    error: the run was killed before its first save, and begins (from load_checkpoint, if that is base weights).
+    error: the run was killed before its first save, and begins (from load_checkpoint, if that is base weights). The
+    run whose weights are an adapter's base is no run to go on from.
     """
     if not config.resume_training:
         return None
@@ -54,9 +56,11 @@ def resume_point(config: RunConfig, own: CheckpointStore) -> ResumePoint | None:
     if isinstance(config.resume_training, str):
         path = _named_checkpoint(Path(config.resume_training), [own, *others])
     else:
-        path = next((newest for newest in (source.latest() for source in (own, *others)) if newest), None)
+        path = own.latest() or next(filter(None, (source.latest() for source in others)), None)
         if path is None and given is not None and given.is_file() and "cursor" in own.read_state(given):
             path = given
+        if path is not None and path.parent != own.folder and _is_base_of(config, own.read_state(path)):
+            path = None
         if path is None:
             console.warn(f"resume_training: {own.folder} holds no checkpoint yet; starting from the beginning")
             return None
@@ -65,6 +69,11 @@ def resume_point(config: RunConfig, own: CheckpointStore) -> ResumePoint | None:
         raise UserError(f"{path}: weights without a run's state; give it as --load_checkpoint and do not resume")
     console.info(f"resuming from {path}, step {state['cursor']['step']}")
     return ResumePoint(path, tensors, state)
+
+
+def _is_base_of(config: RunConfig, state: dict[str, Any]) -> bool:
+    """Whether this run trains an adapter, and the checkpoint is of a run that did not."""
+    return "adapter" not in state and bool(config.model.config.pet_config or config.adapter_id)
 
 
 def _named_checkpoint(name: Path, sources: Sequence[CheckpointStore]) -> Path:
@@ -101,4 +110,41 @@ def require_same_tensors(parameters: dict[str, Any], tensors: dict[str, np.ndarr
         raise UserError(
             f"resume_training: the checkpoint is of another model or optimizer: {len(missing)} missing {missing[:3]}, "
             f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
+        )
+
+
+# ---- runs that train an adapter
+
+
+def pet_of_run(config: RunConfig, resumed: ResumePoint | None, adapter: Adapter | None) -> Any:
+    """The pet_config that a run trains with; None: it trains all weights.
+
+    The run file's, else that of the checkpoint to go on from, or of the adapter to start from. Raises UserError when
+    the checkpoint is of a run of the other kind, and when its base is not named.
+    """
+    wanted = config.model.config.pet_config
+    if resumed is None:
+        return wanted if adapter is None else adapter.pet
+    saved = resumed.state.get("adapter")
+    if saved is None:
+        if wanted is not None:
+            raise UserError(
+                f"resume_training: {resumed.path} is of a run that trained all weights, and pet_config asks for an "
+                "adapter: choose another --output_dir and give those weights as --load_checkpoint, or remove pet_config"
+            )
+        return None
+    if saved["base"] and not config.load_checkpoint:
+        raise UserError(
+            f"resume_training: {resumed.path} holds an adapter alone; name its base: --load_checkpoint {saved['base']}"
+        )
+    return wanted or pet_from_dict(saved["pet_config"])
+
+
+def require_same_base(resumed: ResumePoint, adapter: dict[str, Any]) -> None:
+    """UserError unless the adapter's checkpoint was trained on the base that has been loaded."""
+    saved = resumed.state["adapter"]
+    if saved["base_fingerprint"] != adapter["base_fingerprint"]:
+        raise UserError(
+            f"resume_training: {resumed.path}: this adapter was trained on {saved['base'] or 'a base never saved'}, "
+            f"other weights than those of load_checkpoint, {adapter['base'] or 'which is not set'}"
         )

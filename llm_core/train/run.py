@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from llm_core.data.loader import Loader
 from llm_core.data.open import open_loader
 from llm_core.infer.load import end_ids, load_fitting_tokenizer
 from llm_core.models.spec import DecoderSpec, spec_from_config
+from llm_core.peft.adapters import Adapter, open_adapter
+from llm_core.peft.apply import describe_parameters, parameter_counts
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 from llm_core.report.metrics import MetricsLog
@@ -25,9 +27,20 @@ from llm_core.text import Tokenizer
 from llm_core.train.anomaly import AnomalyPolicy
 from llm_core.train.loop import Intervals, Run, fit, restore
 from llm_core.train.loss_scale import build_loss_scale
-from llm_core.train.resume import require_same_run, require_same_tensors, resume_point, store_of
+from llm_core.train.resume import (
+    ResumePoint,
+    pet_of_run,
+    require_same_base,
+    require_same_run,
+    require_same_tensors,
+    resume_point,
+    store_of,
+)
 from llm_core.train.schedule import build_schedule
 from llm_core.train.timeline import OperatorProfile, Timeline
+
+if TYPE_CHECKING:
+    from mindspore import nn
 
 
 def train(loaded: LoadedConfig) -> int:
@@ -81,35 +94,41 @@ def build(loaded: LoadedConfig) -> Run:
         "seq_length": model.seq_length,
         "total_steps": total_steps,
     }
+    adapter = None if resumed is not None else open_adapter(config, spec)
+    pet = pet_of_run(config, resumed, adapter)
+    if pet is not None:
+        settings |= {f"pet_config.{name}": value for name, value in pet.model_dump().items()}
     if resumed is not None:
         require_same_run(resumed.state["settings"], settings)
 
     start(config)
-    from llm_core.models.decoder import CausalLM, describe_operators  # mindspore, which `start` has to set up first
-    from llm_core.models.heads import TokenLoss
+    from llm_core.models.decoder import describe_operators  # mindspore, which `start` has to set up first
+    from llm_core.models.heads import training_loss
     from llm_core.models.recompute import apply_recompute
+    from llm_core.peft.adapters import adapter_state, base_fingerprint
     from llm_core.train.optim import build_optimizer
     from llm_core.train.step import Stepper
 
-    net = CausalLM(spec, seed=None if config.load_checkpoint or resumed is not None else config.seed)
-    if config.load_checkpoint and resumed is None:
-        _load_base(net, config.load_checkpoint)
+    net = _build_net(config, spec, pet, adapter, resumed)
     apply_recompute(net, config.recompute_config)
     parameters = net.trainable_params()
     optimizer = build_optimizer(config.optimizer, parameters)
     wrapper = config.runner_wrapper
     clip = wrapper.max_grad_norm if wrapper is not None and wrapper.use_clip_grad else None
-    graph_key = {"spec": spec, "optimizer": config.optimizer, "recompute": config.recompute_config}
+    graph_key = {"spec": spec, "optimizer": config.optimizer, "recompute": config.recompute_config, **net.graph_key}
     stepper = Stepper(
-        TokenLoss(net), optimizer, seed=config.seed, accumulation=accumulation, max_grad_norm=clip, graph_key=graph_key
-    )
+        training_loss(net), optimizer,
+        seed=config.seed, accumulation=accumulation, max_grad_norm=clip, graph_key=graph_key,
+    )  # fmt: skip
     console.info(describe_operators(spec))
     console.info(
-        f"model: {spec.num_parameters:,} parameters, {sum(p.size for p in parameters):,} trainable; "
+        f"model: {describe_parameters(spec, pet)}; "
         f"data: {loader.num_records} records, {steps_per_epoch} steps an epoch, {epochs} epochs"
     )
 
-    every = {**net.parameters_dict(), **{state.name: state for state in optimizer.states}}
+    # With an adapter the base does not change: its checkpoints hold what is trained alone.
+    saved = net.parameters_dict() if pet is None else {parameter.name: parameter for parameter in parameters}
+    every = {**saved, **{state.name: state for state in optimizer.states}}
     if resumed is not None:
         require_same_tensors(every, resumed.tensors)
     elif earlier := store.begin():
@@ -128,16 +147,20 @@ def build(loaded: LoadedConfig) -> Run:
         intervals=_intervals(config, steps_per_epoch),
         epochs=epochs,
         total_steps=min(total_steps, config.runner_config.stop_step or total_steps),
-        pad_token_id=model.pad_token_id,
+        pad_token_id=model.pad_token_id if spec.head == "causal" else -1,  # a classifier's labels say all
         ignore_token_id=model.ignore_token_id,
-        flops_per_sample=_flops_per_sample(spec, model.seq_length),
+        flops_per_sample=_flops_per_sample(spec, pet, model.seq_length),
         store=store,
         snapshot=lambda: {name: parameter.asnumpy() for name, parameter in every.items()},
         load=lambda tensors: _set_all(every, tensors),
         settings=settings,
+        adapter=None if pet is None else adapter_state(pet, config.load_checkpoint, base_fingerprint(net)),
+        trainable=_saved_alone(config, parameters),
         timeline=Timeline(keep=bool(config.profile)),
     )
     if resumed is not None:
+        if pet is not None:
+            require_same_base(resumed, run.adapter)
         restore(run, resumed.tensors, resumed.state)
         run.newest = resumed.path
     if eval_loader is not None:
@@ -179,16 +202,34 @@ def _save_intervals(checkpoints: Any) -> dict[str, Any]:
     }
 
 
-def _load_base(net: Any, path: str) -> None:
-    from llm_core.checkpoint.weights import load_into, open_weights
+def _build_net(
+    config: RunConfig, spec: DecoderSpec, pet: Any, adapter: Adapter | None, resumed: ResumePoint | None
+) -> nn.Cell:
+    """The network with its starting weights. A resumed run restores its own later; of an adapter's run these are the
+    adapter alone, so its base is loaded in any case."""
+    from llm_core.peft.adapters import load_adapter, load_base
+    from llm_core.peft.apply import build_net
+    from llm_core.peft.lora_linear import reset_magnitudes
 
-    weights = open_weights(path)
-    try:
-        weights.verify()
-        report = load_into(net, weights, source=path)
-    finally:
-        weights.close()
-    console.info(f"{path}: {report.line()}")
+    restored = resumed is not None and pet is None
+    seed = None if config.load_checkpoint or restored else config.seed
+    net = build_net(spec, pet, seed, adapter_seed=config.seed)
+    if config.load_checkpoint and not restored:
+        console.info(f"{config.load_checkpoint}: {load_base(net, config.load_checkpoint).line()}")
+    if adapter is not None:
+        load_adapter(net, adapter)
+        console.info(adapter.line())
+    elif pet is not None:
+        reset_magnitudes(net)
+    return net
+
+
+def _saved_alone(config: RunConfig, parameters: list[Any]) -> frozenset[str] | None:
+    """Names of the weights that CheckpointMonitor.save_trainable_params writes to checkpoint_trainable."""
+    checkpoints = config.callback("CheckpointMonitor")
+    if checkpoints is None or not checkpoints.save_trainable_params:
+        return None
+    return frozenset(parameter.name for parameter in parameters)
 
 
 def _set_all(parameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
@@ -199,22 +240,29 @@ def _set_all(parameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> None
         parameter.set_data(ms.Tensor(np.ascontiguousarray(tensors[name]), dtype=parameter.dtype))
 
 
-def _flops_per_sample(spec: DecoderSpec, length: int) -> float:
-    """Floating-point operations of one training sample: 6 a weight and token, and 12 S^2 a channel of causal
-    attention halved (PaLM, appendix B)."""
+def _flops_per_sample(spec: DecoderSpec, pet: Any, length: int) -> float:
+    """Floating-point operations of one training sample: 6 a weight and token (PaLM, appendix B), 2 of them for the
+    gradient of the weight, which a frozen one does not have; and 12 S^2 a channel of causal attention halved."""
     embedding = 0 if spec.tied_head else spec.vocab_size * spec.hidden_size
-    return 6.0 * (spec.num_parameters - embedding) * length + 6.0 * spec.num_layers * spec.q_size * length**2
+    trainable, base, adapter = parameter_counts(spec, pet)
+    weights = base + adapter - embedding
+    return (4.0 * weights + 2.0 * min(trainable, weights)) * length + 6.0 * spec.num_layers * spec.q_size * length**2
 
 
-def _evaluator(net: Any, loader: Loader, model: Any) -> Callable[[], float]:
+def _evaluator(net: Any, loader: Loader, model: Any) -> Callable[[], dict[str, float]]:
+    """Measures, says, and returns figures for the metrics file: the loss, and perplexity or accuracy and F1."""
+    if net.spec.head != "causal":
+        from llm_core.evals.classification import Classification
+
+        return Classification(net).evaluator(loader)
     from llm_core.evals.perplexity import Perplexity
 
     perplexity = Perplexity(net, pad_token_id=model.pad_token_id, ignore_token_id=model.ignore_token_id)
 
-    def evaluate() -> float:
+    def evaluate() -> dict[str, float]:
         result = perplexity.measure(loader)
         console.log(result.mindformers_line())
-        return result.loss
+        return {"eval_loss": result.loss, "ppl": result.ppl}
 
     return evaluate
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "llm_core"
 
 LEVELS = [
-    {"cli", "api", "selftest"},
+    {"cli", "api", "plan", "selftest"},
     {"train", "infer", "evals"},
     {"checkpoint", "peft", "data"},
     {"parallel"},
@@ -25,9 +25,12 @@ LEVELS = [
     {"kernels"},
 ]
 LEAVES = {"config", "report", "text", "errors", "runtime", "signals", "disk"}
-# Sideways on one level: training evaluates and shows samples, evaluation generates answers.
+# Sideways on one level: training evaluates and shows samples, evaluation generates answers. An adapter's files
+# are checkpoints.
 # What can be computed here is the kernels' to say, and decides what a run file's compute_dtype becomes.
-SIDEWAYS = {("train", "evals"), ("train", "infer"), ("evals", "infer"), ("config", "kernels")}
+SIDEWAYS = {
+    ("train", "evals"), ("train", "infer"), ("evals", "infer"), ("config", "kernels"), ("peft", "checkpoint"),
+}  # fmt: skip
 # Imports its own parts relatively, because it has two names: llm_core.kernels, and kernels for `python -m kernels`.
 RELATIVE = PACKAGE / "kernels"
 ORACLES = {"torch", "transformers", "peft", "mindformers"}

@@ -305,6 +305,99 @@ def in_bf16(values: dict, **extra: object) -> dict:
 
 
 PP4 = {"parallel_config.pipeline_stage": 4, "recompute_config.recompute": True}
+LORA = {
+    "model.model_config.max_position_embedding": 4096,
+    "model.model_config.pet_config.pet_type": "lora",
+    "model.model_config.pet_config.lora_alpha": 16,
+    "model.model_config.pet_config.lora_dropout": 0.05,
+}
+EXPECTED["lora_llama2_7b"] = without_scale(
+    training(
+        "7b",
+        "finetune",
+        lr=1e-5,
+        lr_end=0,
+        epochs=2,
+        batch=2,
+        accumulation=None,
+        beta2=0.999,
+        load="",
+        columns=BOTH,
+        layout=DP8,
+        scale=65536,
+        recompute=False,
+        memory="59GB",
+        prefix="llama_7b_lora",
+        save_steps=100,
+        **LORA,
+        **{
+            "trainer.model_name": "llama2_7b_lora",
+            "runner_wrapper.scale_sense": 1.0,
+            "parallel_config.micro_batch_num": 64,
+            "model.model_config.compute_dtype": "bfloat16",
+            "model.model_config.softmax_compute_type": "float32",
+            "model.model_config.param_init_type": "float32",
+            "model.model_config.pet_config.lora_rank": 16,
+            "model.model_config.pet_config.target_modules": ".*wq|.*wk|.*wv|.*wo",
+        },
+    )
+)
+EXPECTED["lora_llama2_13b"] = training(
+    "13b",
+    "train",
+    lr=1e-5,
+    lr_end=0,
+    epochs=2,
+    batch=4,
+    accumulation=None,
+    beta2=0.95,
+    load="",
+    columns=BOTH,
+    layout=DP8,
+    scale=4294967296,
+    recompute=True,
+    memory="58GB",
+    prefix="llama_13b",
+    save_steps=100,
+    **LORA,
+    **{
+        "optimizer.learning_rate": None,
+        "eval_dataset.input_columns": BOTH,
+        "parallel_config.micro_batch_num": 16,
+        "model.model_config.pet_config.lora_rank": 8,
+        "model.model_config.pet_config.target_modules": ".*wq|.*wv",
+    },
+)
+EXPECTED["finetune_llama2_7b_prefixtuning"] = training(
+    "7b",
+    "finetune",
+    lr=5e-5,
+    lr_end=0,
+    epochs=10,
+    batch=2,
+    accumulation=None,
+    beta2=0.999,
+    load="/llama_7b.ckpt",
+    columns=BOTH,
+    layout=DP8,
+    scale=65536,
+    recompute=False,
+    memory="58GB",
+    prefix="prefixtuning_llama2_7b",
+    save_steps=10000,
+    **{
+        "train_dataset.data_loader.shuffle": False,
+        "model.model_config.seq_length": 512,
+        "model.model_config.compute_dtype": "bfloat16",
+        "model.model_config.softmax_compute_type": "float32",
+        "model.model_config.rotary_dtype": "float32",
+        "model.model_config.param_init_type": "float32",
+        "model.model_config.pet_config.pet_type": "prefixtuning",
+        "model.model_config.pet_config.prefix_token_num": 16,
+        "model.model_config.pet_config.mid_dim": 512,
+        "model.model_config.pet_config.dropout_rate": 0.01,
+    },
+)
 EXPECTED |= {
     "pretrain_llama2_7b_bf16": in_bf16(
         EXPECTED["pretrain_llama2_7b"], **{"optimizer.learning_rate": None, "lr_schedule.learning_rate": 1e-5}

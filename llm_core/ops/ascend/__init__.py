@@ -9,6 +9,7 @@ from llm_core.ops.ascend.attention import Attention, AttentionMask, CachedAttent
 from llm_core.ops.ascend.elementwise import Gelu, LayerNorm, RmsNorm, Rope, SwiGlu
 from llm_core.ops.ascend.linear import EmbeddingLookup, LinearProduct
 from llm_core.ops.ascend.loss import LinearNll, TokenNll
+from llm_core.ops.reference.dropout import Dropout
 
 # `ops.Adam`, on which the reference builds, is itself a fused operator there. `AdamW` is none for a compiled step: it
 # wants the learning rate as a Python number.
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionMask",
     "CacheMask",
     "CachedAttention",
+    "Dropout",
     "EmbeddingLookup",
     "Gelu",
     "LayerNorm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llm_core.ops.cpu.attention import Attention, AttentionMask, CachedAttention, CacheMask, attention_refusal
 from llm_core.ops.cpu.custom import bf16_refusal
 from llm_core.ops.cpu.decode import DecodeLayer
+from llm_core.ops.cpu.dropout import Dropout
 from llm_core.ops.cpu.elementwise import Gelu, LayerNorm, RmsNorm, Rope, SwiGlu
 from llm_core.ops.cpu.linear import EmbeddingLookup, LinearProduct
 from llm_core.ops.cpu.loss import LinearNll, TokenNll
@@ -17,6 +18,7 @@ __all__ = [
     "CacheMask",
     "CachedAttention",
     "DecodeLayer",
+    "Dropout",
     "EmbeddingLookup",
     "Gelu",
     "LayerNorm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llm_core.ops.reference.attention import Attention, AttentionMask, CachedAttention, CacheMask
+from llm_core.ops.reference.dropout import Dropout
 from llm_core.ops.reference.elementwise import Gelu, LayerNorm, RmsNorm, Rope, SwiGlu
 from llm_core.ops.reference.linear import EmbeddingLookup, LinearProduct
 from llm_core.ops.reference.loss import LinearNll, TokenNll
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionMask",
     "CacheMask",
     "CachedAttention",
+    "Dropout",
     "EmbeddingLookup",
     "Gelu",
     "LayerNorm",

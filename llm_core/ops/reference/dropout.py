@@ -20,6 +20,11 @@ def dropout_key(seed: int, step: int, micro_batch: int = 0) -> np.ndarray:
     return np.array([int.from_bytes(digest[:4], "little", signed=True), micro_batch], np.int32)
 
 
+def place_of(rate: float, site: int) -> tuple[int, int]:
+    """What a place in the model adds to the key, 32 bits, and its rate in 1 / 65536."""
+    return site * 0x9E3779B9 & 0xFFFFFFFF, round(rate * 65536)
+
+
 def _word(value: int) -> Tensor:
     return Tensor(np.array([value & 0xFFFFFFFF], np.uint32))
 
@@ -33,9 +38,9 @@ class DropoutMask(nn.Cell):
 
     def __init__(self, rate: float, site: int):
         super().__init__(auto_prefix=False)
-        self.threshold = round(rate * 65536)
+        word, self.threshold = place_of(rate, site)
         self.kept = 65536 / (65536 - self.threshold)
-        self.site = _word(site * 0x9E3779B9)
+        self.site = _word(word)
         self.factors = (_word(0xED5AD4BB), _word(0xAC4C1B51), _word(0x31848BAB))
         self.shifts = (_word(17), _word(11), _word(15), _word(14))
         self.low, self.half = _word(0xFFFF), _word(16)

@@ -1,0 +1,311 @@
+"""Adapters on disk: found by path or by name, read, held against the model and the base they were made for.
+
+A run with a pet_config saves what it trains, and nothing of the base. How the adapter was made stands in the
+checkpoint's manifest, as `state["adapter"]`:
+
+    {"pet_config": {...}, "base": load_checkpoint of the run, "base_fingerprint": see `base_fingerprint`}
+
+MindFormers' files say nothing of the kind, Hugging Face's folders all but the fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llm_core.checkpoint.manifest import verified_version
+from llm_core.checkpoint.state_names import without_state
+from llm_core.checkpoint.weights import LoadReport, WeightFiles, load_into, open_weights
+from llm_core.errors import UserError
+from llm_core.peft import lora
+from llm_core.peft.apply import ADAPTER_MARK, adapter_shapes, is_adapter_name, is_trainable
+
+if TYPE_CHECKING:
+    from mindspore import nn
+
+    from llm_core.config import RunConfig
+    from llm_core.models.spec import DecoderSpec
+
+FOLDER = "adapters"  # beside a base: adapters/NAME
+_SAMPLED = 64  # values of each tensor that a fingerprint looks at
+_SHOWN = 3
+_EMBEDDING = "model.tok_embeddings.embedding_weight"  # every base has one
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that fits its model: its values by name (fp32), and what is known of how it was made.
+
+    base and base_fingerprint are "" where the files do not say.
+    """
+
+    source: Path
+    pet: Any
+    tensors: dict[str, np.ndarray]
+    base: str = ""
+    base_fingerprint: str = ""
+
+    def line(self) -> str:
+        """One line for the log."""
+        return f"{self.source}: adapter: {describe(self.pet)}, {len(self.tensors)} parameters"
+
+
+def open_adapter(config: RunConfig, spec: DecoderSpec) -> Adapter | None:
+    """The adapter that a run starts from: of adapter_id, else one that lies in load_checkpoint beside the base.
+
+    None where there is none. Raises UserError where there is none of that name, and where it does not fit the model or
+    the run's pet_config.
+    """
+    wanted = config.model.config.pet_config
+    if config.adapter_id:
+        return read_adapter(find_adapter(config.adapter_id, config.load_checkpoint), spec, wanted)
+    if not config.load_checkpoint or not holds_adapter(config.load_checkpoint):
+        return None
+    return read_adapter(config.load_checkpoint, spec, wanted)
+
+
+def holds_adapter(path: str) -> bool:
+    """Whether there is an adapter in what `path` stands for, by its names. UserError when there is nothing at all."""
+    weights = open_weights(path)
+    weights.close()
+    return any(map(is_adapter_name, weights))
+
+
+def find_adapter(adapter_id: str, load_checkpoint: str) -> Path:
+    """A path as it is; else the folder of that name in `adapters/` beside the base. UserError when there is neither."""
+    path = Path(adapter_id).expanduser()
+    if path.exists():
+        return path
+    beside = [] if not load_checkpoint else [Path(load_checkpoint).expanduser()]
+    beside = [(base if base.is_dir() else base.parent) / FOLDER for base in beside]
+    for folder in beside:
+        if (folder / adapter_id).exists():
+            return folder / adapter_id
+    looked = "; load_checkpoint, beside which it could lie, is not set"
+    for folder in beside:
+        names = ", ".join(sorted(entry.name for entry in folder.iterdir())) if folder.is_dir() else ""
+        looked = f", nor in {folder}" + (f", which holds {names}" if names else "")
+    raise UserError(f"adapter_id: {adapter_id}: no such file or folder{looked}")
+
+
+def read_adapter(path: str | Path, spec: DecoderSpec, wanted: Any = None) -> Adapter:
+    """The adapter in `path`: a weight file, an output_dir or a folder of a run, or a Hugging Face PEFT folder.
+
+    wanted: the run's pet_config, None = as the adapter itself says. Raises UserError when `path` holds no adapter or a
+    damaged one, does not say how it was made (then pet_config must), or does not fit `wanted` or the model.
+    """
+    from llm_core.peft.hf_adapter import is_hf_adapter
+    from llm_core.peft.hf_adapter import read_adapter as read_hf_adapter
+
+    path = Path(path)
+    if is_hf_adapter(path):
+        made, tensors = read_hf_adapter(path, spec)
+        facts: dict[str, Any] = {}
+    else:
+        weights = open_weights(path)
+        try:
+            facts = _facts(weights)
+            made = _pet_of(facts.get("pet_config"), path)
+            pet = wanted or made
+            if not any(map(is_adapter_name, weights)):
+                raise UserError(
+                    f"adapter_id: {path}: there is no adapter in it, no name contains {ADAPTER_MARK}; give the weights "
+                    "of a base model as load_checkpoint"
+                )
+            if pet is None:
+                raise UserError(
+                    f"{path}: it does not say how this adapter was made (it has no manifest of a run): "
+                    f"{_looks(weights)}. Add model.model_config.pet_config with its pet_type and values"
+                )
+            names = [name for name in without_state(weights) if is_trainable(name, spec, pet)]
+            tensors = {name: np.asarray(weights[name], np.float32) for name in names}
+        finally:
+            weights.close()
+    if wanted is not None and made is not None:
+        _require_same_kind(wanted, made, path)
+    _require_fit(tensors, adapter_shapes(spec, wanted or made), wanted or made, path)
+    return Adapter(path, wanted or made, tensors, facts.get("base", ""), facts.get("base_fingerprint", ""))
+
+
+def _facts(weights: WeightFiles) -> dict[str, Any]:
+    """What the manifest of the file that holds the adapter says; every file is verified."""
+    weights.verify()
+    for file in weights.files:
+        if any(map(is_adapter_name, file.heads)):
+            version = verified_version(file.path)
+            return {} if version is None else version.state.get("adapter", {})
+    return {}
+
+
+def pet_from_dict(values: Mapping[str, Any]) -> Any:
+    """A pet_config from the mapping that a manifest holds. Raises pydantic's ValidationError."""
+    from pydantic import TypeAdapter
+
+    from llm_core.config.model_section import PetConfig
+
+    return TypeAdapter(PetConfig).validate_python(dict(values))
+
+
+def _pet_of(values: Mapping[str, Any] | None, path: Path) -> Any:
+    if values is None:
+        return None
+    from pydantic import ValidationError
+
+    try:
+        return pet_from_dict(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: the pet_config of its manifest cannot be read: {error.errors()[0]['msg']}") from None
+
+
+def _looks(weights: Mapping[str, np.ndarray]) -> str:
+    """What can be seen of an adapter without knowing how it was made."""
+    ranks = {weights.heads[name].shape[0] for name in weights if name.endswith(lora.LORA_A)}
+    if not ranks:
+        return "its names are those of prefix tuning"
+    leaves = dict.fromkeys(name.split(".")[-2] for name in weights if name.endswith(lora.LORA_A))
+    return f"it is LoRA of rank {', '.join(map(str, sorted(ranks)))} on {', '.join(leaves)}"
+
+
+def describe(pet: Any) -> str:
+    """A few words for a log or an error."""
+    if pet.pet_type == "lora":
+        kind = "DoRA" if pet.use_dora else "rsLoRA" if pet.use_rslora else "LoRA"
+        return f"{kind} of rank {pet.lora_rank}, alpha {pet.lora_alpha:g}, on {pet.target_modules}"
+    return f"{pet.pet_type} of {getattr(pet, 'prefix_token_num', None) or pet.pre_seq_len} positions"
+
+
+def _require_same_kind(wanted: Any, made: Any, path: Path) -> None:
+    """UserError unless both compute the same from the same values."""
+    names = ["pet_type"]
+    if wanted.pet_type == made.pet_type == "lora":
+        names += ["lora_rank", "lora_alpha", "use_rslora", "use_dora"]
+    other = [name for name in names if getattr(wanted, name) != getattr(made, name)]
+    if other:
+        said = "; ".join(f"{name} is {getattr(made, name)} there and {getattr(wanted, name)} here" for name in other)
+        raise UserError(
+            f"adapter: {path}: another adapter than pet_config describes: {said}. Leave pet_config out (the adapter "
+            "says itself how it was made), or change it"
+        )
+
+
+def _require_fit(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], pet: Any, path: Path
+) -> None:
+    """UserError unless the adapter's names and shapes are those that the model has for it."""
+    found = {name: tensor.shape for name, tensor in tensors.items() if is_adapter_name(name)}
+    missing, unexpected = [n for n in shapes if n not in found], [n for n in found if n not in shapes]
+    wrong = [f"{n} is {list(found[n])}, here {list(shapes[n])}" for n in shapes if n in found and found[n] != shapes[n]]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}" + (" ..." if len(names) > _SHOWN else "")
+        for what, names in (("of another shape", wrong), ("missing", missing), ("that this model lacks", unexpected))
+        if names
+    ]
+    if problems:
+        raise UserError(
+            f"adapter: {path}: does not fit {describe(pet)} on this model: {'; '.join(problems)}. Check pet_config and "
+            "model_config; an adapter belongs to one base"
+        )
+
+
+# ---- into a network
+
+
+def load_adapter(net: nn.Cell, adapter: Adapter) -> None:
+    """Set the parameters of `net`, which was built with `adapter.pet`, from the adapter's values.
+
+    Raises UserError, before a value is set, when the base in `net` is another one than the adapter was trained on.
+    """
+    import mindspore
+
+    if adapter.base_fingerprint and adapter.base_fingerprint != base_fingerprint(net):
+        trained_on = adapter.base or "a base that was never saved"
+        raise UserError(
+            f"adapter: {adapter.source}: it was trained on another base, {trained_on}, than the weights of "
+            "load_checkpoint: give that base as load_checkpoint"
+        )
+    parameters = net.parameters_dict()
+    for name, tensor in adapter.tensors.items():
+        parameter = parameters[name]
+        parameter.set_data(mindspore.Tensor(np.ascontiguousarray(tensor), dtype=parameter.dtype))
+
+
+class _BaseOnly(Mapping[str, np.ndarray]):
+    """Weights without an adapter's."""
+
+    def __init__(self, weights: WeightFiles) -> None:
+        self._weights = weights
+        self.heads = {name: head for name, head in weights.heads.items() if not is_adapter_name(name)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.heads:
+            raise KeyError(name)
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.heads)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.heads
+
+
+def base_alone(weights: WeightFiles, path: str) -> Mapping[str, np.ndarray]:
+    """The base's weights of load_checkpoint, without an adapter's beside them; UserError where there is no base."""
+    base = _BaseOnly(weights)
+    if len(base) < len(weights) and _EMBEDDING not in base:
+        facts = _facts(weights)
+        trained_on = f" (it was trained on {facts['base']})" if facts.get("base") else ""
+        raise UserError(
+            f"load_checkpoint: {path}: an adapter without its base: give it as --adapter_id {path}, and the base as "
+            f"load_checkpoint{trained_on}"
+        )
+    return base
+
+
+def load_base(net: nn.Cell, path: str) -> LoadReport:
+    """`load_into` for load_checkpoint, verified: the base's weights; an adapter's beside them are for `load_adapter`.
+
+    Raises UserError as it does, and where there is nothing but an adapter.
+    """
+    weights = open_weights(path)
+    try:
+        weights.verify()
+        report = load_into(net, base_alone(weights, path), source=path)
+    finally:
+        weights.close()
+    report.missing[:] = [name for name in report.missing if not is_adapter_name(name)]
+    return report
+
+
+def base_fingerprint(net: nn.Cell) -> str:
+    """Names, shapes and some values of every frozen parameter of the base, as a hash.
+
+    The values are rounded to bfloat16, so that a base and its bfloat16 copy are the same base.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(net.parameters_dict().items()):
+        if parameter.requires_grad or is_adapter_name(name):
+            continue
+        values = parameter.asnumpy().reshape(-1)
+        some = np.ascontiguousarray(values[:: max(1, len(values) // _SAMPLED)], dtype=np.float32)
+        digest.update(f"{name}{parameter.shape}".encode() + _bfloat16_bits(some).tobytes())
+    return digest.hexdigest()
+
+
+def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """fp32 -> the nearest bfloat16 (ties to even), as uint16."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def adapter_state(pet: Any, load_checkpoint: str, fingerprint: str) -> dict[str, Any]:
+    """What a run's checkpoints say of its adapter, see above (JSON)."""
+    return {"pet_config": pet.model_dump(), "base": load_checkpoint, "base_fingerprint": fingerprint}
+

@@ -1,0 +1,189 @@
+"""LoRA as facts and as a layer: what is targeted, what is counted, what is learnt, and what it computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_core.config.model_section import LoraConfig
+from llm_core.errors import UserError
+from llm_core.models.spec import DecoderSpec
+from llm_core.peft.apply import adapter_shapes, build_net, describe_parameters, is_trainable, parameter_counts
+from llm_core.peft.lora import LORA_A, LORA_B, scaling, targets
+
+SPEC = DecoderSpec(
+    vocab_size=48, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40, max_position=64
+)
+INTERNLM_7B = DecoderSpec(
+    vocab_size=103168, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, ffn_size=11008,
+    max_position=2048, qkv_bias=True, output_bias=True,
+)  # fmt: skip
+EVERY = ".*"
+
+
+def lora(**values) -> LoraConfig:
+    return LoraConfig(**{"pet_type": "lora", "lora_dropout": 0.0, **values})
+
+
+def leaves(spec: DecoderSpec, pet: LoraConfig) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in targets(spec, pet)))
+
+
+def values(net) -> dict[str, np.ndarray]:
+    return {name: parameter.asnumpy().copy() for name, parameter in net.parameters_dict().items()}
+
+
+# ---- facts
+
+
+def test_internlm_7b_has_the_known_figures_and_allocates_nothing():
+    pet = lora(lora_rank=8, target_modules=".*wq|.*wk|.*wv|.*wo")
+    trainable, base, adapter = parameter_counts(INTERNLM_7B, pet)
+    assert trainable == adapter == 8_388_608
+    assert f"{trainable / base:.4%}" == "0.1146%"
+    assert "8,388,608 trainable (0.1146% of the base model's 7,321,948,160" in describe_parameters(INTERNLM_7B, pet)
+
+
+def test_the_facts_need_no_mindspore():
+    script = (
+        "import sys; sys.path.insert(0, 'tests/peft'); import test_lora as t; "
+        "assert len(t.adapter_shapes(t.INTERNLM_7B, t.lora())) == 256; assert 'mindspore' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_scaling():
+    assert scaling(lora(lora_rank=16, lora_alpha=8)) == 0.5
+    assert scaling(lora(lora_rank=16, lora_alpha=8, use_rslora=True)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spec", "expected"),
+    [
+        (".*wq|.*wv", {}, ["wq", "wv"]),
+        ("wq|wv", {}, ["wq", "wv"]),
+        ("w", {}, ["wq", "wk", "wv", "wo", "w1", "w3", "w2"]),  # matched from the beginning, not to the end
+        ("w[123]|lm_head", {}, ["w1", "w3", "w2", "lm_head"]),
+        (".*_qkv|.*_gate_hidden", {"qkv_concat": True}, ["w_qkv", "w_gate_hidden"]),
+        (EVERY, {"mlp": "gelu", "tied_head": True}, ["wq", "wk", "wv", "wo", "w1", "w2"]),
+        (EVERY, {"head": "sequence"}, ["wq", "wk", "wv", "wo", "w1", "w3", "w2"]),  # its head is trained whole
+    ],
+)
+def test_targets_are_matched_on_leaf_names(pattern, spec, expected):
+    assert sorted(leaves(replace(SPEC, **spec), lora(target_modules=pattern))) == sorted(expected)
+
+
+def test_layers_can_be_excluded():
+    pet = lora(target_modules="wq|wo", exclude_layers=r"model\.layers\.0|.*wo")
+    assert list(targets(SPEC, pet)) == ["model.layers.1.attention.wq"]
+
+
+@pytest.mark.parametrize(
+    ("pet", "says"),
+    [
+        ({"target_modules": "query|value"}, r"'query\|value' matches no linear layer .* wq, wk, .*, lm_head"),
+        ({"target_modules": "model.*"}, "matches no linear layer"),  # leaf names, not whole ones
+        ({"target_modules": "("}, r"target_modules: '\(' is no regular expression"),
+        ({"exclude_layers": "model"}, "exclude_layers: 'model' leaves none of the 8 layers"),
+    ],
+)
+def test_targets_that_are_none(pet, says):
+    with pytest.raises(UserError, match=says):
+        adapter_shapes(SPEC, lora(**pet))
+
+
+def test_two_zeros_cannot_learn():
+    with pytest.raises(ValueError, match="neither gets a gradient"):
+        lora(lora_a_init="zero", lora_b_init="zeros")
+
+
+def test_what_is_trained():
+    def trained(**pet) -> set[str]:
+        shapes = {**adapter_shapes(SPEC, lora(target_modules="wq", **pet)), "model.norm_out.weight": (32,)}
+        return {name for name in shapes if is_trainable(name, SPEC, lora(target_modules="wq", **pet))}
+
+    every = set(adapter_shapes(SPEC, lora(target_modules="wq")))
+    assert trained() == every
+    assert trained(freeze_exclude=["*norm*"]) == every | {"model.norm_out.weight"}
+    assert trained(freeze_include=["*layers.0.*"]) == {name for name in every if "layers.1" in name}
+    assert is_trainable("score.weight", replace(SPEC, head="sequence"), lora())
+    assert not is_trainable("lm_head.weight", SPEC, lora())
+
+
+# ---- the network
+
+
+@pytest.mark.parametrize("pet", [{}, {"use_dora": True}, {"target_modules": EVERY, "lora_rank": 3}])
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, qkv_concat=True, qkv_bias=True)])
+def test_names_and_shapes_are_the_networks(spec, pet):
+    pet = lora(**({"target_modules": "w_qkv|wo"} if spec.qkv_concat else {}) | pet)
+    net = build_net(spec, pet, seed=1)
+    added = {p.name: tuple(p.shape) for p in net.get_parameters() if "mindpet_delta" in p.name}
+    assert added == adapter_shapes(spec, pet)
+    assert {p.name for p in net.trainable_params()} == set(added)
+
+
+def test_initial_values():
+    pet = lora(lora_rank=16, target_modules="wq|w2", lora_b_init="normal")
+    first = values(build_net(SPEC, pet, seed=1, adapter_seed=5))
+    a, b = (first[f"model.layers.1.feed_forward.w2.{name}"] for name in (LORA_A, LORA_B))
+    assert abs(a).max() <= 40**-0.5 < abs(a).max() * 1.01  # uniform up to its bound
+    assert a.std() == pytest.approx(40**-0.5 / 3**0.5, rel=0.1)
+    assert b.std() == pytest.approx(0.01, rel=0.15)
+    alone = values(build_net(SPEC, lora(lora_rank=16, target_modules="w2"), seed=None, adapter_seed=5))
+    np.testing.assert_array_equal(alone[f"model.layers.1.feed_forward.w2.{LORA_A}"], a)  # whatever else there is
+    assert not alone[f"model.layers.1.feed_forward.w2.{LORA_B}"].any()
+    other = values(build_net(SPEC, pet, seed=1, adapter_seed=6))
+    assert not np.array_equal(other[f"model.layers.1.feed_forward.w2.{LORA_A}"], a)
+    same = "model.layers.1.feed_forward.w2.weight"
+    np.testing.assert_array_equal(other[same], first[same])
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_fresh_adapter_changes_nothing(dora):
+    from mindspore import Tensor
+
+    tokens = Tensor(np.arange(12, dtype=np.int32).reshape(2, 6))
+    base = build_net(SPEC, None, seed=4)(tokens).asnumpy()
+    adapted = build_net(SPEC, lora(target_modules=EVERY, use_dora=dora), seed=4)(tokens).asnumpy()
+    np.testing.assert_allclose(adapted, base, rtol=0, atol=1e-6 * abs(base).max() if dora else 0)
+
+
+def test_dropout_acts_in_training_alone_and_follows_its_key():
+    from mindspore import Tensor
+
+    from llm_core.models.heads import TokenLoss
+    from llm_core.ops import dropout_key
+
+    pet = lora(target_modules=EVERY, lora_dropout=0.5, lora_b_init="he_uniform")
+    loss = TokenLoss(build_net(SPEC, pet, seed=4)).set_train()
+    tokens = np.random.default_rng(0).integers(1, 48, (2, 7)).astype(np.int32)
+    batch = Tensor(tokens[:, :-1].copy()), Tensor(tokens[:, 1:].copy())
+
+    def of(*key):
+        return float(loss(*batch, *(Tensor(dropout_key(*each)) for each in key))[0].asnumpy())
+
+    plain = of()
+    assert plain == of()
+    assert of((1, 5)) == of((1, 5)) != of((1, 6)) != plain
+    without = TokenLoss(build_net(SPEC, lora(**{**pet.model_dump(), "lora_dropout": 0.0}), seed=4)).set_train()
+    assert float(without(*batch)[0].asnumpy()) == pytest.approx(plain, rel=1e-6)
+
+
+def test_bfloat16_products():
+    from mindspore import Tensor
+
+    from llm_core import ops as core_ops
+
+    if core_ops.backend().operators.bf16_refusal():
+        pytest.skip(core_ops.backend().operators.bf16_refusal())
+    pet = lora(target_modules=EVERY, lora_b_init="he_uniform")
+    tokens = Tensor(np.arange(12, dtype=np.int32).reshape(2, 6))
+    exact = build_net(SPEC, pet, seed=4)(tokens).asnumpy()
+    rounded = build_net(replace(SPEC, compute_dtype="bfloat16"), pet, seed=4)(tokens).asnumpy()
+    assert 0 < np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)

@@ -1,0 +1,376 @@
+"""Runs that train an adapter: what they save, resume, refuse, and what is predicted and evaluated with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_core.checkpoint.files import read_heads
+from llm_core.checkpoint.manifest import read_manifest
+from llm_core.checkpoint.weights import read_weights
+from llm_core.config import load_config
+from llm_core.errors import UserError
+from llm_core.infer.load import load_for_inference
+from llm_core.report.metrics import read_metrics
+from llm_core.train.check import check
+from llm_core.train.loop import Run, fit
+from llm_core.train.run import build, train
+
+ROOT = Path(__file__).parents[2]
+LORA = {
+    "pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ".*wq|.*wv|.*w2",
+}  # fmt: skip
+TOKENS = np.arange(1, 41, dtype=np.int32).reshape(2, 20)
+
+
+@pytest.fixture(scope="session")
+def base(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the weights of a tiny base model, that another file may be laid beside."""
+    from safetensors.numpy import save_file
+
+    from llm_core.peft.apply import build_net
+
+    folder = tmp_path_factory.mktemp("base")
+    net = build_net(_spec(), None, seed=9)
+    save_file({name: p.asnumpy() for name, p in net.parameters_dict().items()}, folder / "base.safetensors")
+    return folder
+
+
+def _spec():
+    from llm_core.models.spec import DecoderSpec
+
+    return DecoderSpec(
+        vocab_size=96, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
+        max_position=24, initializer_range=0.2,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def lora_config(write_config, base):
+    """lora_config(**overrides) -> the YAML of a LoRA run on `base`."""
+
+    def write(**overrides: object) -> Path:
+        return write_config(
+            **{
+                "load_checkpoint": str(base / "base.safetensors"),
+                "model__model_config__pet_config": LORA,
+                "optimizer__weight_decay": 0.0,
+                **overrides,
+            }
+        )
+
+    return write
+
+
+def run_of(config: Path, *overrides: tuple[str, str]) -> Run:
+    return build(load_config(config, overrides))
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [entry["loss"] for entry in read_metrics(output_dir / "metrics.jsonl") if "loss" in entry]
+
+
+def state(run: Run) -> dict[str, np.ndarray]:
+    return {name: value.copy() for name, value in run.snapshot().items()}
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def logits(config: Path, *overrides: tuple[str, str]) -> np.ndarray:
+    """Of the model as eval and predict load it."""
+    import mindspore as ms
+
+    loaded = load_config(config, [("run_mode", "eval"), *overrides])
+    net, _, _ = load_for_inference(loaded, need_tokenizer=False)
+    return net(ms.Tensor(TOKENS)).asnumpy()
+
+
+# ---- saving
+
+
+def test_a_run_learns_and_saves_the_adapter_alone(lora_config, tmp_path, base, capsys):
+    before = read_weights(base)
+    assert train(load_config(lora_config(runner_config__epochs=3))) == 0
+    curve = losses(tmp_path / "out")
+    assert np.mean(curve[-5:]) < np.mean(curve[:3]) - 0.1
+    assert_same(read_weights(base), before)
+    err = capsys.readouterr().err
+    assert "trainable (" in err and "of the base model's" in err
+    file = tmp_path / "out/checkpoint/rank_0/tiny_rank_0-3_21.safetensors"
+    heads = read_heads(file)
+    assert all("mindpet_delta" in name for name in heads)
+    assert {name.partition(".")[0] for name in heads} == {"model", "adam_m", "adam_v"}
+    assert len([name for name in heads if name.startswith("model.")]) == 6
+    adapter = read_manifest(file)[0].state["adapter"]
+    assert adapter["pet_config"]["lora_rank"] == 4 and adapter["base"] == str(base / "base.safetensors")
+    assert len(adapter["base_fingerprint"]) == 64
+
+
+def test_the_trainable_weights_alone_on_request(lora_config, tmp_path):
+    monitor = {"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 2, "save_trainable_params": True}
+    assert fit(run_of(lora_config(runner_config__stop_step=2, callbacks=[monitor]))) == 0
+    alone = tmp_path / "out/checkpoint_trainable/rank_0/tiny_rank_0-1_2.safetensors"
+    assert sorted(read_heads(alone)) == sorted(
+        name for name in read_heads(tmp_path / "out/checkpoint/rank_0" / alone.name) if not name.startswith("adam")
+    )
+    np.testing.assert_array_equal(
+        logits(lora_config(), ("adapter_id", str(alone))), logits(lora_config(), ("adapter_id", str(tmp_path / "out")))
+    )
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(lora_config, tmp_path, accumulation, dora):
+    """With dropout, bit for bit; dropout's masks follow the step and the micro-batch."""
+    values = {
+        "runner_config__gradient_accumulation_steps": accumulation,
+        "model__model_config__pet_config": LORA | {"use_dora": dora, "lora_dropout": 0.3},
+    }
+    whole = run_of(lora_config(**values, output_dir=str(tmp_path / "whole")), ("runner_config.stop_step", "6"))
+    assert fit(whole) == 0
+    parts = lora_config(**values, output_dir=str(tmp_path / "parts"))
+    assert fit(run_of(parts, ("runner_config.stop_step", "4"))) == 0
+    resumed = run_of(parts, ("resume_training", "True"), ("runner_config.stop_step", "6"))
+    assert resumed.cursor.step == 4
+    assert fit(resumed) == 0
+    assert_same(state(resumed), state(whole))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_accumulation_is_one_sum_over_the_window(lora_config, tmp_path):
+    results = []
+    for batch_size, accumulation in ((2, 6), (12, 1)):
+        run = run_of(
+            lora_config(
+                runner_config__batch_size=batch_size,
+                runner_config__gradient_accumulation_steps=accumulation,
+                runner_config__stop_step=4,
+                model__model_config__pet_config=LORA | {"lora_dropout": 0.0},
+                output_dir=str(tmp_path / str(batch_size)),
+                callbacks=[],
+            )
+        )
+        assert fit(run) == 0
+        results.append((losses(tmp_path / str(batch_size)), state(run)))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+    for name, value in results[0][1].items():
+        assert np.linalg.norm(value - results[1][1][name]) <= 1e-4 * np.linalg.norm(value), name
+
+
+def test_a_killed_run_goes_on_and_comes_to_the_same_end(lora_config, tmp_path):
+    def command(config: Path, *more: str) -> list[str]:
+        return [sys.executable, str(ROOT / "run_llm.py"), "--config", str(config), *more]
+
+    values = {"runner_config__epochs": 8, "callbacks": [
+        {"type": "MFLossMonitor"},
+        {"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 5, "keep_checkpoint_max": 2},
+    ]}  # fmt: skip
+    whole = lora_config(**values, output_dir=str(tmp_path / "whole"))
+    subprocess.run(command(whole), check=True, capture_output=True)
+    killed = lora_config(**values, output_dir=str(tmp_path / "killed"))
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed/metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 30):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command(killed, "--resume_training", "True"), check=True, capture_output=True, text=True)
+    assert "resuming from" in done.stderr
+    ends = [read_weights(tmp_path / name) for name in ("whole", "killed")]
+    assert_same(*ends)
+
+
+def test_the_run_of_the_base_is_no_run_to_go_on_from(write_config, lora_config, tmp_path):
+    """The base's output_dir as load_checkpoint, and the habit of adding --resume_training True from the first start."""
+    assert fit(run_of(write_config(runner_config__stop_step=3, output_dir=str(tmp_path / "pretrain")))) == 0
+    config = lora_config(load_checkpoint=str(tmp_path / "pretrain"), runner_config__stop_step=2)
+    run = run_of(config, ("resume_training", "True"))
+    assert run.cursor.step == 0
+    assert fit(run) == 0
+    assert run_of(config, ("resume_training", "True")).cursor.step == 2
+
+
+def test_what_keeps_a_run_from_going_on(lora_config, write_config, tmp_path, base):
+    assert fit(run_of(lora_config(runner_config__stop_step=2))) == 0
+    again = ("resume_training", "True")
+    with pytest.raises(UserError, match=r"pet_config\.lora_alpha was 8.*, is 16"):
+        run_of(lora_config(model__model_config__pet_config=LORA | {"lora_alpha": 16}), again)
+    with pytest.raises(UserError, match=r"an adapter alone; name its base: --load_checkpoint .*base\.safetensors"):
+        run_of(lora_config(load_checkpoint=""), again)
+    other = _another_base(base, tmp_path)
+    with pytest.raises(UserError, match=r"trained on .*base\.safetensors, other weights than .*other\.safetensors"):
+        run_of(lora_config(load_checkpoint=str(other)), again)
+    assert run_of(lora_config(), again).cursor.step == 2
+    assert fit(run_of(write_config(runner_config__stop_step=1, output_dir=str(tmp_path / "all")))) == 0
+    with pytest.raises(UserError, match="of a run that trained all weights, and pet_config asks for an adapter"):
+        run_of(lora_config(output_dir=str(tmp_path / "all")), again)
+
+
+def _another_base(base: Path, folder: Path) -> Path:
+    from safetensors.numpy import save_file
+
+    weights = read_weights(base / "base.safetensors")
+    weights["model.layers.0.attention.wk.weight"] = weights["model.layers.0.attention.wk.weight"] + np.float32(0.01)
+    save_file(weights, folder / "other.safetensors")
+    return folder / "other.safetensors"
+
+
+# ---- using it
+
+
+def test_several_adapters_beside_one_base_by_path_and_by_name(lora_config, tmp_path, base):
+    folder = tmp_path / "models"
+    shutil.copytree(base, folder)
+    given = {"load_checkpoint": str(folder / "base.safetensors"), "runner_config__stop_step": 12}
+    found = {}
+    for name, more in (("first", {}), ("second", {"lora_rank": 2, "target_modules": "w1", "use_rslora": True})):
+        out = folder / "adapters" / name
+        run = run_of(lora_config(**given, output_dir=str(out), model__model_config__pet_config=LORA | more))
+        assert fit(run) == 0
+        import mindspore as ms
+
+        net = run.stepper.whole.cell.window_loss.token_loss.net.set_train(False)
+        found[name] = net(ms.Tensor(TOKENS)).asnumpy()
+    predict = lora_config(**given, model__model_config__pet_config=None)
+    plain = logits(predict)
+    for name, expected in found.items():
+        file = next((folder / "adapters" / name / "checkpoint/rank_0").glob("*1_12.safetensors"))
+        for given_id in (name, str(folder / "adapters" / name), str(file)):
+            np.testing.assert_allclose(logits(predict, ("adapter_id", given_id)), expected, rtol=0, atol=1e-5)
+        assert abs(expected - plain).max() > 1e-2
+    with pytest.raises(UserError, match="adapter_id: third: no such file .*adapters, which holds first, second"):
+        logits(predict, ("adapter_id", "third"))
+
+
+def test_base_and_adapter_in_one_folder(lora_config, tmp_path, base):
+    """MindFormers' habit: load_checkpoint is a folder with both."""
+    assert fit(run_of(lora_config(runner_config__stop_step=5))) == 0
+    together = tmp_path / "together"
+    shutil.copytree(base, together)
+    for file in (tmp_path / "out/checkpoint/rank_0").glob("tiny_rank_0-1_5.safetensors*"):
+        shutil.copy(file, together)
+    expected = logits(lora_config(), ("adapter_id", str(tmp_path / "out")))
+    for pet in (LORA, None):
+        config = lora_config(load_checkpoint=str(together), model__model_config__pet_config=pet)
+        np.testing.assert_array_equal(logits(config), expected)
+    # without its manifest, the adapter does not say how it was made
+    (together / "tiny_rank_0-1_5.safetensors.manifest.json").unlink()
+    np.testing.assert_array_equal(logits(lora_config(load_checkpoint=str(together))), expected)
+    with pytest.raises(UserError, match="LoRA of rank 4 on wq, wv, w2. Add model.model_config.pet_config"):
+        logits(lora_config(load_checkpoint=str(together), model__model_config__pet_config=None))
+
+
+def test_an_adapter_is_a_start(lora_config, tmp_path):
+    assert fit(run_of(lora_config(runner_config__stop_step=6, output_dir=str(tmp_path / "one")))) == 0
+    start = ("adapter_id", str(tmp_path / "one"))
+    run = run_of(lora_config(output_dir=str(tmp_path / "two"), model__model_config__pet_config=None), start)
+    assert run.cursor.step == 0
+    saved = read_weights(tmp_path / "one")
+    for name, value in state(run).items():
+        if "adam" not in name:
+            np.testing.assert_array_equal(value, saved[name])
+    assert fit(run_of(lora_config(output_dir=str(tmp_path / "two"), runner_config__stop_step=3), start)) == 0
+
+
+def test_evaluation_and_samples_have_the_adapter_on(lora_config, records, tmp_path):
+    """The loss that the training measures is that of run_mode eval with the adapter, and not that of the base."""
+    evaluated = {
+        "do_eval": True, "eval_step_interval": 12, "runner_config__stop_step": 12,
+        "eval_dataset": {
+            "data_loader": {"type": "MindDataset", "dataset_dir": str(records), "shuffle": False},
+            "input_columns": ["input_ids", "labels"],
+        },
+    }  # fmt: skip
+    config = lora_config(**evaluated)
+    assert fit(run_of(config)) == 0
+    (measured,) = (e["eval_loss"] for e in read_metrics(tmp_path / "out/metrics.jsonl") if "eval_loss" in e)
+
+    from llm_core.evals.run import evaluate
+
+    results = {}
+    for name, given in (("adapter", [("adapter_id", str(tmp_path / "out"))]), ("base", [])):
+        out = ("output_dir", str(tmp_path / name))
+        loaded = load_config(
+            lora_config(**evaluated, **({} if given else {"model__model_config__pet_config": None})),
+            [("run_mode", "eval"), out, *given],
+        )
+        assert evaluate(loaded) == 0
+        results[name] = json.loads((tmp_path / name / "eval_result.json").read_text())["PerplexityMetric"]["loss"]
+    assert results["adapter"] == pytest.approx(measured, rel=1e-6)
+    assert results["base"] > measured + 0.05
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ({"lora_rank": 8}, "lora_rank is 4 there and 8 here"),
+        ({"lora_alpha": 32}, "lora_alpha is 8.* there and 32.* here"),
+        ({"use_dora": True}, "use_dora is False there and True here"),
+        ({"target_modules": "wq|wo"}, "does not fit LoRA of rank 4.*missing: .*wo.*that this model lacks: .*wv"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_named(lora_config, tmp_path, wanted, says):
+    assert fit(run_of(lora_config(runner_config__stop_step=1))) == 0
+    config = lora_config(model__model_config__pet_config=LORA | wanted)
+    with pytest.raises(UserError, match=says):
+        logits(config, ("adapter_id", str(tmp_path / "out")))
+
+
+def test_an_adapter_of_another_base_is_named(lora_config, tmp_path, base):
+    assert fit(run_of(lora_config(runner_config__stop_step=1))) == 0
+    adapter = ("adapter_id", str(tmp_path / "out"))
+    other = _another_base(base, tmp_path)
+    with pytest.raises(UserError, match=r"trained on another base, .*base\.safetensors"):
+        logits(lora_config(load_checkpoint=str(other)), adapter)
+    with pytest.raises(UserError, match=r"does not fit .* of another shape: .*lora_a is \[4, 32\], here \[4, 64\]"):
+        logits(lora_config(model__model_config__hidden_size=64), adapter)
+
+
+def test_other_ways_to_be_wrong(lora_config, write_config, tmp_path, base):
+    assert fit(run_of(lora_config(runner_config__stop_step=1))) == 0
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"pet_config is set, and there is no adapter: name it with --adapter_id"):
+        logits(lora_config())
+    with pytest.raises(UserError, match=rf"without its base: give it as --adapter_id {out}, .*base\.safetensors"):
+        logits(lora_config(load_checkpoint=out))
+    with pytest.raises(UserError, match="there is no adapter in it"):
+        logits(lora_config(), ("adapter_id", str(base)))
+    with pytest.raises(UserError, match="'query' matches no linear layer of this model"):
+        run_of(lora_config(model__model_config__pet_config=LORA | {"target_modules": "query"}))
+    with pytest.raises(UserError, match="no parameter is trainable"):
+        run_of(lora_config(model__model_config__pet_config=LORA | {"freeze_include": ["*"]}))
+
+
+def test_check_looks_at_the_adapter_and_counts(lora_config, tmp_path, capsys):
+    def lines(*overrides: tuple[str, str]) -> tuple[int, str]:
+        code = check(load_config(lora_config(), overrides))
+        return code, capsys.readouterr().out
+
+    code, said = lines()
+    assert code == 0 and "trainable (" in said and "of the base model's" in said
+    assert fit(run_of(lora_config(runner_config__stop_step=1))) == 0
+    capsys.readouterr()
+    code, said = lines(("run_mode", "eval"), ("adapter_id", str(tmp_path / "out")))
+    assert "LoRA of rank 4, alpha 8" in said
+    code, said = lines(("run_mode", "predict"))
+    assert code == 2 and "there is no adapter" in said
+    code, said = lines(("model.model_config.pet_config.target_modules", "nothing"))
+    assert code == 2 and "matches no linear layer" in said
