@@ -1,38 +1,12 @@
-"""The decoder against HF's Llama: from golden files always, live where torch is installed."""
+"""What is Llama's own: joined projections, and its cache. `test_against_hf` compares the rest with HF."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import llama_cases
 import numpy as np
 import pytest
-from decoder_runs import BATCH, PROMPT, compare, compare_golden, data, hf_greedy
+from decoder_runs import BATCH, PROMPT, data, hf_greedy
 from llama_cases import NEW_TOKENS
-
-GOLDEN = Path(__file__).parent.parent / "golden" / "llama.npz"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return np.load(GOLDEN)
-
-
-@pytest.mark.parametrize("name", llama_cases.CASES)
-def test_golden(name, golden):
-    ours = llama_cases.run(name)
-    compare_golden(ours, golden, name)
-    np.testing.assert_array_equal(ours.greedy, golden[f"{name}/greedy"])
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("name", llama_cases.CASES)
-def test_live(name):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    ours, theirs = llama_cases.run(name), llama_cases.hf_run(name)
-    compare(ours, theirs)
-    np.testing.assert_array_equal(ours.greedy, theirs.greedy)
 
 
 def test_concatenated_projections():
