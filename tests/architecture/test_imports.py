@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "llm_core"
 
 LEVELS = [
-    {"cli", "api", "plan", "selftest"},
+    {"cli", "api", "selftest"},
+    {"plan"},
     {"train", "infer", "evals"},
     {"checkpoint", "peft", "data"},
     {"parallel"},
