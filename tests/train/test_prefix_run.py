@@ -115,3 +115,27 @@ def test_micro_batches_and_recomputation_change_nothing(tune, tmp_path):
         for parameter, value in results["whole"].items():
             error = np.linalg.norm(results[name][parameter] - value) / max(np.linalg.norm(value), 1e-30)
             assert error < 1e-5, (name, parameter)
+
+
+def test_predictions_take_the_adapter_by_its_runs_folder(tune, write_config, base, tmp_path, spm_model):
+    from llm_core import api
+
+    vocabulary = {"model__model_config__vocab_size": 512}
+    assert train(load_config(write_config(**STRONG, **vocabulary, runner_config__stop_step=1))) == 0
+    config = tune(PREFIX, **vocabulary, runner_config__stop_step=3, load_checkpoint=str(tmp_path / "out"),
+                  output_dir=str(tmp_path / "tuned"))  # fmt: skip
+    assert train(load_config(config)) == 0
+    given = {
+        "run_mode": "predict", "load_checkpoint": str(tmp_path / "out"), "model.model_config.do_sample": False,
+        "processor.tokenizer.vocab_file": str(spm_model),
+    }  # fmt: skip
+    predict = write_config(**STRONG, **vocabulary)  # says nothing of the adapter
+    alone = api.load(predict, **given)
+    tuned = api.load(predict, **given, adapter_id=str(tmp_path / "tuned"))
+    saved = read_weights(tmp_path / "tuned/checkpoint/rank_0/tiny_rank_0-1_3.safetensors")
+    table = tuned.completer.generator.net.model.prefix.table
+    assert np.array_equal(table.asnumpy(), saved[table.name])
+    assert np.abs(tuned.logits("a module") - alone.logits("a module")).max() > 0.1
+    assert tuned.generate(["a module", "the"], max_new_tokens=12) != alone.generate(
+        ["a module", "the"], max_new_tokens=12
+    )
