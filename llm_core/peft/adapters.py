@@ -11,7 +11,7 @@ MindFormers' files say nothing of the kind, Hugging Face's folders all but the f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,16 +222,22 @@ def load_adapter(net: nn.Cell, adapter: Adapter) -> None:
     """
     import mindspore
 
-    if adapter.base_fingerprint and adapter.base_fingerprint != base_fingerprint(net):
+    if adapter.base_fingerprint:
+        require_base(adapter, base_fingerprint(net))
+    parameters = net.parameters_dict()
+    for name, tensor in adapter.tensors.items():
+        parameter = parameters[name]
+        parameter.set_data(mindspore.Tensor(np.ascontiguousarray(tensor), dtype=parameter.dtype))
+
+
+def require_base(adapter: Adapter, found: str) -> None:
+    """UserError unless the base of the fingerprint `found` is the one that the adapter was trained on."""
+    if adapter.base_fingerprint != found:
         trained_on = adapter.base or "a base that was never saved"
         raise UserError(
             f"adapter: {adapter.source}: it was trained on another base, {trained_on}, than the weights of "
             "load_checkpoint: give that base as load_checkpoint"
         )
-    parameters = net.parameters_dict()
-    for name, tensor in adapter.tensors.items():
-        parameter = parameters[name]
-        parameter.set_data(mindspore.Tensor(np.ascontiguousarray(tensor), dtype=parameter.dtype))
 
 
 class _BaseOnly(Mapping[str, np.ndarray]):
@@ -285,17 +291,22 @@ def load_base(net: nn.Cell, path: str) -> LoadReport:
 
 
 def base_fingerprint(net: nn.Cell) -> str:
-    """Names, shapes and some values of every frozen parameter of the base, as a hash.
+    """`fingerprint` of every frozen parameter of the base in `net`."""
+    parameters = net.parameters_dict()
+    frozen = [name for name, p in parameters.items() if not p.requires_grad and not is_adapter_name(name)]
+    return fingerprint((name, parameters[name].asnumpy()) for name in sorted(frozen))
+
+
+def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Names, shapes and some values of tensors, in order of their names, as a hash.
 
     The values are rounded to bfloat16, so that a base and its bfloat16 copy are the same base.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(net.parameters_dict().items()):
-        if parameter.requires_grad or is_adapter_name(name):
-            continue
-        values = parameter.asnumpy().reshape(-1)
+    for name, array in tensors:
+        values = array.reshape(-1)
         some = np.ascontiguousarray(values[:: max(1, len(values) // _SAMPLED)], dtype=np.float32)
-        digest.update(f"{name}{parameter.shape}".encode() + _bfloat16_bits(some).tobytes())
+        digest.update(f"{name}{tuple(array.shape)}".encode() + _bfloat16_bits(some).tobytes())
     return digest.hexdigest()
 
 

@@ -25,9 +25,10 @@ from llm_core.checkpoint.staged import StagedFile
 from llm_core.checkpoint.state_names import without_state
 from llm_core.checkpoint.weights import WeightFiles, load_into, open_weights
 from llm_core.errors import UserError
+from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import DecoderSpec
-from llm_core.peft.adapters import Adapter, load_adapter, load_base
-from llm_core.peft.apply import build_net, is_adapter_name
+from llm_core.peft.adapters import Adapter, fingerprint, load_adapter, load_base, require_base
+from llm_core.peft.apply import build_net, is_adapter_name, is_trainable
 from llm_core.peft.lora import LORA_A, LORA_B, MAGNITUDE, scaling
 
 DRIFT = 1e-5  # ||before - after|| / ||before|| of the logits that is still rounding
@@ -184,13 +185,16 @@ def merge_files(
     try:
         weights.verify()
         try:
-            merged = merge_lora(_base_alone(weights, Path(base), adapter), adapter.tensors, adapter.pet)
+            own = _base_alone(weights, Path(base), adapter)
+            merged = merge_lora(own, adapter.tensors, adapter.pet)
         except UserError as error:
             raise UserError(f"{adapter.source} into {base}: {error}") from None
         heads = {name: _as_type(head, dtype) for name, head in merged.heads.items()}
         stored = _Stored(merged, heads)
         drift = rounding = None
-        if compare:
+        if not compare:
+            _require_base(own, spec, adapter)
+        else:
             drift, rounding = _compare(spec, base, adapter, merged, stored if dtype != "fp32" else None)
         metadata = {"format": "ms", **hf_config_metadata(base, weights)}
         with StagedFile(target, file_size(target.suffix, heads, metadata)) as staged:
@@ -225,6 +229,16 @@ def _base_alone(weights: WeightFiles, base: Path, adapter: Adapter) -> _Some:
             "or merge that adapter first"
         )
     return _Some(weights, [name for name in names if name not in inside])
+
+
+def _require_base(base: Mapping[str, np.ndarray], spec: DecoderSpec, adapter: Adapter) -> None:
+    """As loading the adapter into a network does: UserError for another base than it was trained on."""
+    if not adapter.base_fingerprint:
+        return
+    shapes = parameter_shapes(spec)
+    view = ConcatView(base, shapes)
+    frozen = sorted(name for name in shapes if name in view and not is_trainable(name, spec, adapter.pet))
+    require_base(adapter, fingerprint((name, view[name]) for name in frozen))
 
 
 def _fitting(name: str, array: np.ndarray, head: Head) -> np.ndarray:

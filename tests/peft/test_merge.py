@@ -198,6 +198,25 @@ def test_a_base_with_an_adapter_of_its_own(files, tmp_path):
         merge_files(spec, both, adapter, tmp_path / "again.safetensors")
 
 
+@pytest.mark.parametrize("compare", [True, False])
+def test_another_base_is_refused(files, tmp_path, compare):
+    """Of the same shapes; an adapter of a run says which base it was trained on."""
+    from llm_core.peft.adapters import base_fingerprint, load_base
+    from llm_core.peft.apply import build_net
+
+    spec, base, adapter = files
+    net = build_net(spec, adapter.pet, seed=None)
+    load_base(net, str(base))
+    known = replace(adapter, base="the/base", base_fingerprint=base_fingerprint(net))
+    assert merge_files(spec, base, known, tmp_path / "merged.safetensors", compare=compare).layers == 8
+    other = base_weights(spec)
+    other["model.norm_out.weight"] = other["model.norm_out.weight"] + np.float32(0.5)
+    other = write(tmp_path / "other.safetensors", other)
+    with pytest.raises(UserError, match="trained on another base, the/base"):
+        merge_files(spec, other, known, tmp_path / "again.safetensors", compare=compare)
+    assert not (tmp_path / "again.safetensors").exists()
+
+
 # ---- the commands
 
 
