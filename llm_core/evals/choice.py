@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -17,13 +18,16 @@ from llm_core.data.choices import LETTERS
 from llm_core.evals.answers import write_texts
 from llm_core.evals.choice_prompts import letter_is_certain
 from llm_core.infer.generate import Generator
+from llm_core.infer.load import end_ids
 from llm_core.infer.sampling import SamplingParams
 from llm_core.models.decoder import CausalLM
 from llm_core.report.console import console
 from llm_core.runtime import Compiled
 from llm_core.text import Tokenizer
+from llm_core.text.chat import PLAIN, chat_format, part_ids
 
 _COLUMN_STEP = 64  # rows are padded to a multiple of it, so that few graphs are compiled
+NEW_TOKENS = 16  # of a written answer, where model_config.max_new_tokens is not set
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,26 @@ class ChoiceScorer:
         return self._cell(Tensor(tokens), Tensor(places), Tensor(candidates)).asnumpy().astype(np.float64)
 
 
-def written_answers(
-    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[list[int]], new_tokens: int, batch_size: int
-) -> list[str]:
-    """What the model writes behind each prompt, greedily, until a letter has come or new_tokens are there."""
-    params = SamplingParams(max_new_tokens=new_tokens)
-    return write_texts(generator, tokenizer, prompts, params, done=letter_is_certain, batch_size=batch_size)
+class ChoiceWriter:
+    """Lets the model write answers, greedily, to prompts as predict has them: InternLMProcessor makes them a chat."""
+
+    def __init__(self, config: Any, net: CausalLM, tokenizer: Tokenizer) -> None:
+        model, name = config.model.config, config.processor.prompt_format
+        self._tokenizer, self._batch_size = tokenizer, config.runner_config.batch_size
+        self._chat = None if name == PLAIN else chat_format(name, tokenizer)
+        ends = [*end_ids(model), *(self._chat.stop_ids if self._chat else ())]
+        self._generator = Generator(net, net.spec, eos_ids=ends, pad_id=model.pad_token_id)
+        self._params = SamplingParams(max_new_tokens=model.max_new_tokens or NEW_TOKENS)
+        self.room = self._params.max_new_tokens + len(self._ids("A"))
+        """Positions that an answer and what a chat puts round a prompt need."""
+
+    def answers(self, prompts: Sequence[str]) -> list[str]:
+        """What is written behind each prompt, until a letter is certain."""
+        ids = [self._ids(text) for text in prompts]
+        options = {"done": letter_is_certain, "batch_size": self._batch_size}
+        return write_texts(self._generator, self._tokenizer, ids, self._params, **options)
+
+    def _ids(self, text: str) -> list[int]:
+        if self._chat is None:
+            return self._tokenizer.encode_prompt(text)
+        return part_ids(self._chat.prompt([{"role": "user", "content": text}]), self._tokenizer)

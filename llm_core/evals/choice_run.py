@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm_core.data.choices import LETTERS
-from llm_core.evals.choice import ChoiceScorer, LetterIds, letter_ids, written_answers
+from llm_core.evals.choice import ChoiceScorer, ChoiceWriter, LetterIds, letter_ids
 from llm_core.evals.choice_prompts import ChoiceData, ChoicePrompt, choice_prompt, found_letter
 from llm_core.evals.subjects import categories_of
 from llm_core.infer.results import write_whole
@@ -21,7 +21,6 @@ from llm_core.report.table import table_lines
 from llm_core.text import Tokenizer
 
 PREDICTIONS_NAME, PICTURE_NAME = "choice_predictions.jsonl", "choice.png"
-NEW_TOKENS = 16  # of a generated answer, where model_config.max_new_tokens is not set
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,19 @@ class Answered:
 
 def measure_choices(config: Any, section: Any, data: ChoiceData, net: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Ask, print table and means, draw the picture, write the predictions; returns the figures for the result file."""
-    by_likelihood = section.method == "likelihood"
-    new_tokens = config.model.config.max_new_tokens or NEW_TOKENS
-    longest = net.spec.max_position - (0 if by_likelihood else new_tokens)
+    writer = ChoiceWriter(config, net, tokenizer) if section.method == "generation" else None
+    longest = net.spec.max_position - (writer.room if writer else 0)
     asked, too_long = _prompts(data, section.shots, tokenizer, longest)
-    prompts, batch_size = list(asked), config.runner_config.batch_size
-    if by_likelihood:
-        scores = ChoiceScorer(net, batch_size).scores(list(asked.values()))
+    prompts = list(asked)
+    if writer:
+        texts = writer.answers([prompt.text for prompt in prompts])
+        answered = [Answered(p, found_letter(text), text=text) for p, text in zip(prompts, texts, strict=True)]
+    else:
+        scores = ChoiceScorer(net, config.runner_config.batch_size).scores(list(asked.values()))
         answered = [
             Answered(prompt, LETTERS[int(np.argmax(row))], scores=row.tolist())
             for prompt, row in zip(prompts, scores, strict=True)
         ]
-    else:
-        from llm_core.infer.generate import Generator
-        from llm_core.infer.load import end_ids
-
-        model = config.model.config
-        generator = Generator(net, net.spec, eos_ids=end_ids(model), pad_id=model.pad_token_id)
-        ids = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
-        texts = written_answers(generator, tokenizer, ids, new_tokens, batch_size)
-        answered = [Answered(p, found_letter(text), text=text) for p, text in zip(prompts, texts, strict=True)]
     answered += [Answered(prompt, "") for prompt in too_long]
     result = {
         "path": section.path,
@@ -154,7 +146,7 @@ def _report(result: dict[str, Any], output_dir: Path) -> None:
     for line in table_lines(header, rows, left=2):
         console.result(line)
     console.result(
-        f"{result['method']}, {result['shots']} shots: micro {result['micro']:.2%}, macro {result['macro']:.2%}, "
+        f"{_conditions(result)}: micro {result['micro']:.2%}, macro {result['macro']:.2%}, "
         f"{result['answered']:.1%} of {result['questions']} questions answered"
     )
     if result["with_fewer_shots"] or result["too_long"]:
@@ -162,13 +154,18 @@ def _report(result: dict[str, Any], output_dir: Path) -> None:
             f"{result['with_fewer_shots']} prompts have fewer shots than {result['shots']}, and {result['too_long']} "
             "were too long for the model and count as wrong"
         )
-    groups: dict[str, dict[str, float]] = {}
+    used = {entry["category"] for entry in result["subjects"].values()}
+    groups: dict[str, dict[str, float]] = {category: {} for category in sorted(used)}
     for name, entry in result["subjects"].items():
-        groups.setdefault(entry["category"], {})[name] = entry["accuracy"]
+        groups[entry["category"]][name] = entry["accuracy"]
     groups["categories"] = {name: entry["accuracy"] for name, entry in result["categories"].items()}
-    title = f"{Path(result['path']).name}, {result['split']}, {result['method']}, {result['shots']} shots"
+    title = f"{Path(result['path']).name}, {result['split']}: {_conditions(result)}"
     picture = draw_shares(groups, output_dir / PICTURE_NAME, title=title, mean=result["micro"], chance=1 / len(LETTERS))
     console.info(f"drawn in {picture}")
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    return f"{result['method']}, {result['shots']} shot{'' if result['shots'] == 1 else 's'}"
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:

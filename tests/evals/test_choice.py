@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from llm_core.config import load_config
 from llm_core.data.choices import ChoiceQuestion, read_choice_file, read_choice_folder
 from llm_core.errors import UserError
-from llm_core.evals.choice import ChoiceScorer, LetterIds, letter_ids
+from llm_core.evals.choice import ChoiceScorer, ChoiceWriter, LetterIds, letter_ids
 from llm_core.evals.choice_prompts import choice_prompt, found_letter, letter_is_certain, read_choice_data
 from llm_core.evals.choice_run import Answered, summarize
 from llm_core.evals.run import evaluate
@@ -248,7 +248,7 @@ def test_a_run(folder, tmp_path, spm_model, capsys, method):
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["subject", "category", "right", "answered", "questions"]
     assert any(line.startswith("formal_logic") and "humanities" in line for line in out)
-    assert any(line.startswith(f"{method}, 1 shots: micro ") for line in out)
+    assert any(line.startswith(f"{method}, 1 shot: micro ") for line in out)
     assert (tmp_path / "choice.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -290,3 +290,16 @@ def test_rows_do_not_depend_on_the_batch():
     prompts = [LetterIds(random.randint(3, 512, n).astype(np.int32), ((7,), (8,), (9,), (10,))) for n in (5, 70, 64)]
     alone, together = (ChoiceScorer(net, batch_size=size).scores(prompts) for size in (1, 3))
     assert np.abs(alone - together).max() < 1e-4
+
+
+def test_written_answers_are_asked_for_as_predict_does(folder, spm_model, monkeypatch):
+    """InternLMProcessor makes the prompt a chat."""
+    from llm_core.infer.generate import Generator
+
+    seen = []
+    monkeypatch.setattr(Generator, "generate", lambda self, prompts, *rest, **more: seen.extend(prompts) or [])
+    config = load_config(folder / "run.yaml", [("processor.type", "InternLMProcessor")]).config
+    tokenizer = load_tokenizer(spm_model)
+    net = CausalLM(spec_from_config(config.model), seed=1)
+    ChoiceWriter(config, net, tokenizer).answers(["Who?\nAnswer:"])
+    assert tokenizer.decode(seen[0]).startswith("<|User|>:Who?") and "<|Bot|>:" in tokenizer.decode(seen[0])
