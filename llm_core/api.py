@@ -38,8 +38,9 @@ class LoadedModel:
     def generate(self, prompts: Sequence[str] | str, *, seed: int = 0, **sampling: Any) -> list[str]:
         """The answers (without the prompts), num_return_sequences for each prompt, in the prompts' order.
 
-        `sampling` replaces what the YAML says: do_sample, temperature, top_k, top_p, repetition_penalty,
-        max_new_tokens, max_length, min_new_tokens, min_length, num_return_sequences, stop_strings (see SamplingParams).
+        `sampling` replaces what the YAML says, by the names of SamplingParams: do_sample, temperature, top_k, top_p,
+        max_new_tokens, num_return_sequences, stop_strings, num_beams, penalty_alpha, force_words, and all the others;
+        prefix_allowed_tokens_fn and assistant (a Generator) can be given here only.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         params = replace(self.params, **sampling)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llm_core.errors import UserError
 from llm_core.infer.sampling import SamplingParams
 from llm_core.infer.stream import TextStream
 from llm_core.text import Tokenizer
+from llm_core.text.chat import ChatFormat, part_ids
 
 if TYPE_CHECKING:
     from llm_core.infer.generate import Generation, Generator
@@ -28,18 +29,29 @@ class Completion:
     token_ids: tuple[int, ...]  # the new tokens, also those of a stop string
     seed: int  # this prompt alone with this seed gives this answer again
     sequence: int  # which of the prompt's num_return_sequences, from 0
+    score: float | None = None  # of a beam search: log probability / length ** length_penalty
 
 
 class Completer:
-    """A model and its tokenizer, ready to continue texts."""
+    """A model and its tokenizer, ready to continue texts, or with a chat format to answer messages."""
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        chat_format: ChatFormat | None = None,
+        assistant: Generator | None = None,
+    ) -> None:
+        """`assistant`: guesses ahead for the generator, where a call names no other."""
         self.generator = generator
         self.tokenizer = tokenizer
+        self.chat_format = chat_format
+        self.assistant = assistant
+        self._eos_ids = generator.eos_ids
 
     def encode(self, prompts: Sequence[str], params: SamplingParams) -> list[list[int]]:
         """The prompts' ids; UserError names the first prompt that leaves no room for its answer."""
-        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
         for prompt, prompt_ids in zip(prompts, ids, strict=True):
             try:
                 params.new_tokens(len(prompt_ids), self.generator.spec.max_position)
@@ -47,6 +59,15 @@ class Completer:
                 shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
                 raise UserError(f"prompt {shown!r}: {error}") from None
         return ids
+
+    def shown(self, prompt: str) -> str:
+        """The prompt as the model reads it, for people."""
+        return prompt if self.chat_format is None else self.chat_format.text(_as_message(prompt))
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if self.chat_format is None:
+            return self.tokenizer.encode_prompt(prompt)
+        return part_ids(self.chat_format.prompt(_as_message(prompt)), self.tokenizer)
 
     def complete(
         self,
@@ -62,9 +83,11 @@ class Completer:
 
         batch_size: prompts a batch (default: up to 8). on_text is given the text of the first prompt's first
         answer while it grows, for showing one answer live. After interrupted() said yes, the batch at work is yielded
-        as far as it came, and no other is begun. Prompts are tokenized, and refused, before anything is generated.
+        as far as it came, and no other is begun. Prompts are tokenized, and refused, before anything is generated. With
+        a chat format the completions' prompts are as the format writes them.
         """
         ids = self.encode(prompts, params)
+        prompts = [self.shown(prompt) for prompt in prompts]
         batch_size = batch_size or min(DEFAULT_BATCH, len(prompts))
         for first in range(0, len(prompts), batch_size):
             if interrupted is not None and interrupted():
@@ -73,7 +96,7 @@ class Completer:
             yield from self.complete_ids(
                 prompts[batch],
                 ids[batch],
-                params,
+                _counted_from(first, params),
                 seed=seed + first,
                 batch_size=batch_size,
                 on_text=on_text if first == 0 else None,
@@ -90,12 +113,23 @@ class Completer:
         batch_size: int = 1,
         on_text: Callable[[str], None] | None = None,
         interrupted: Callable[[], bool] | None = None,
+        chat_format: ChatFormat | None = None,
     ) -> list[list[Completion]]:
-        """As `complete`, for one batch that is tokenized already; the texts `prompts` are only carried along."""
+        """As `complete`, for one batch that is tokenized already; the texts `prompts` are only carried along.
+
+        chat_format: wrote the ids, and says what ends an answer; default: the Completer's.
+        """
+        params = self._with_ids(params)
+        chat_format = chat_format or self.chat_format
+        stop_ids = frozenset(chat_format.stop_ids if chat_format else ())
+        stop_strings = (*params.stop_strings, *(chat_format.stop_strings if chat_format else ()))
+        self.generator.eos_ids = self._eos_ids | stop_ids
         per_prompt = params.num_return_sequences
-        streams = [TextStream(self.tokenizer, row, params.stop_strings) for row in ids for _ in range(per_prompt)]
+        streams = [TextStream(self.tokenizer, row, stop_strings) for row in ids for _ in range(per_prompt)]
 
         def take(row: int, token: int) -> bool:
+            if token in stop_ids:  # a mark of the format, whatever it looks like as text
+                return True
             text = streams[row].push(token)
             if row == 0 and text and on_text is not None:
                 on_text(text)
@@ -113,6 +147,35 @@ class Completer:
         ]
         return [completions[row : row + per_prompt] for row in range(0, len(completions), per_prompt)]
 
+    def _with_ids(self, params: SamplingParams) -> SamplingParams:
+        """`params` as the generator takes them: forced words as token ids, and the assistant."""
+        if params.force_words:
+            words = [self._word_ids(entry) for entry in params.force_words]
+            params = replace(params, force_words=(), force_words_ids=[*params.force_words_ids, *words])
+        if self.assistant is not None and params.assistant is None:
+            params = replace(params, assistant=self.assistant)
+        return params
+
+    def _word_ids(self, entry: str | Sequence[str]) -> list:
+        if not isinstance(entry, str):
+            return [self._word_ids(word) for word in entry]
+        ids = self.tokenizer.encode(entry)
+        if not ids:
+            raise UserError(f"force_words: {entry!r} has no tokens; name a word")
+        return ids
+
+
+def _counted_from(first: int, params: SamplingParams) -> SamplingParams:
+    """`params` for a batch that begins with prompt number `first`: prefix_allowed_tokens_fn counts them all."""
+    allowed = params.prefix_allowed_tokens_fn
+    if allowed is None:
+        return params
+    return replace(params, prefix_allowed_tokens_fn=lambda number, ids: allowed(first + number, ids))
+
+
+def _as_message(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
 
 def _completion(prompt: str, answer: Generation, stream: TextStream) -> Completion:
     return Completion(
@@ -123,4 +186,5 @@ def _completion(prompt: str, answer: Generation, stream: TextStream) -> Completi
         token_ids=tuple(answer.token_ids),
         seed=answer.seed,
         sequence=answer.sequence,
+        score=answer.score,
     )

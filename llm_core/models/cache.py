@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
@@ -12,6 +14,7 @@ from llm_core.models.decoder import Block, CausalLM, SelfAttention
 from llm_core.models.layers import Linear
 from llm_core.models.rope import RotaryAngles
 
+CacheOutput = Literal["last", "all", "hidden"]
 FEW_ROWS = 8  # new tokens for which reading the weights is what takes the time
 
 
@@ -21,23 +24,38 @@ class CachedDecoder(nn.Cell):
     Called as (tokens int32 [B, S], start int32 [], kv_start int32 [B]) -> fp32 [B, V]. `start` is the cache
     column of tokens[:, 0]; row b's first real token lies in column kv_start[b] (left padding), where its
     position 0 is. S is the prompt's width for the prefill and 1 afterwards; one graph is compiled for each S.
+    `output` says what is returned instead of the last column's logits: "all" the logits of all columns, fp32 [B, S, V];
+    "hidden" the last column's logits, and what the head reads of all columns, fp32 [B, S, hidden].
+    `cache`: a decoder of the same sizes, whose keys and values this one shares.
     start + S must not exceed cache_length (the caller checks; the graph cannot).
 
     A layer's keys are one parameter [B*Hkv*T, D]: heads lie outside positions, so attention reads the cache
     as it lies, and a new token writes B*Hkv rows.
 
     Where the operators have one for a whole layer (`ops.decode_layer`), a few rows' next tokens go through it.
+
+    A model with a trained prefix of P positions has P columns more than `cache_length`: a row lies in the cache as
+    padding, prefix, tokens. The columns of the call leave the prefix out: a real token lies P further right than they
+    say. `PrefixColumns` writes the prefix; it has to be called before the first token is read.
     """
 
-    def __init__(self, net: CausalLM, batch_size: int, cache_length: int):
+    def __init__(
+        self,
+        net: CausalLM,
+        batch_size: int,
+        cache_length: int,
+        output: CacheOutput = "last",
+        cache: CachedDecoder | None = None,
+    ):
         super().__init__(auto_prefix=False)
         spec = net.spec
-        self.net = net
-        self.batch, self.length = batch_size, cache_length
+        self.net, self.output = net, output
+        self.prefix = net.model.prefix_length
+        self.batch, self.length = batch_size, cache_length + self.prefix
         self.kv_heads, self.dim = spec.num_kv_heads, spec.head_dim
-        self.keys = self._cache("keys", spec.num_layers)
-        self.values = self._cache("values", spec.num_layers)
-        first_rows = np.arange(batch_size * self.kv_heads, dtype=np.int32) * cache_length
+        self.keys = self._cache("keys", spec.num_layers) if cache is None else cache.keys
+        self.values = self._cache("values", spec.num_layers) if cache is None else cache.values
+        first_rows = np.arange(batch_size * self.kv_heads, dtype=np.int32) * self.length
         self.first_rows = Tensor(first_rows.reshape(-1, 1))
         self.angles, self.alibi = None, None
         if spec.position == "rope":
@@ -53,36 +71,57 @@ class CachedDecoder(nn.Cell):
 
     def _cache(self, what: str, layers: int) -> ParameterTuple:
         shape = (self.batch * self.kv_heads * self.length, self.dim)
+        name = f"cache_{self.batch}x{self.length}.{what}"  # a graph that copies between two decoders needs both
         return ParameterTuple(
-            Parameter(Tensor(np.zeros(shape, np.float32)), name=f"cache.{what}.{i}", requires_grad=False)
+            Parameter(Tensor(np.zeros(shape, np.float32)), name=f"{name}.{i}", requires_grad=False)
             for i in range(layers)
         )
 
     def construct(self, tokens: Tensor, start: Tensor, kv_start: Tensor) -> Tensor:
         batch, width = tokens.shape
         columns = start + ops.arange(width)
+        places = columns + self.prefix  # in the cache, of real tokens; row b's prefix begins at kv_start[b]
         angles, bias = None, None
         if self.alibi is None:
             angles = self.angles(self._positions(columns, kv_start), start + width - kv_start.min())
         else:
-            bias = self.alibi(self._positions(ops.arange(self.length), kv_start))
+            bias = self.alibi(self._positions(ops.arange(self.length) - self.prefix, kv_start))
         decoder = self.net.model
         x = decoder.tok_embeddings(tokens.reshape(-1))
         if width == 1 and self.whole_layer is not None:
-            return self.net.head(decoder.norm_out(self._whole_layers(x, angles, columns, kv_start)))
-        rows = (self.first_rows + columns).reshape(-1)
-        mask = self.mask(columns, kv_start, self.length, bias)
+            return self._result(self._whole_layers(x, angles, places, kv_start), batch)
+        rows = self._rows(columns, kv_start)
+        mask = self.mask(places, kv_start, self.length, bias)
         i = 0
         for layer in decoder.layers:
             normed = layer.attention_norm(x)
             x = layer.finish(x, normed, self._attend(layer.attention, normed, angles, rows, mask, i))
             i += 1
-        last = x.reshape(batch, width, -1)[:, -1]
-        return self.net.head(decoder.norm_out(last))
+        return self._result(x, batch)
 
-    def _whole_layers(self, x: Tensor, angles: tuple, columns: Tensor, kv_start: Tensor) -> Tensor:
+    def _rows(self, columns: Tensor, kv_start: Tensor) -> Tensor:
+        """The rows of a cache that the keys of these columns [S] go to: [B*Hkv*S], padding before the prefix."""
+        if not self.prefix:
+            return (self.first_rows + columns).reshape(-1)
+        real = ops.cast(columns.reshape(1, 1, -1) >= kv_start.reshape(-1, 1, 1), columns.dtype)
+        first = self.first_rows.reshape(self.batch, self.kv_heads, 1)
+        return (first + columns + real * self.prefix).reshape(-1)
+
+    def _result(self, x: Tensor, batch: int) -> Tensor | tuple[Tensor, Tensor]:
+        """What the cell returns, from the last layer's output [B*S, hidden]; see `output`."""
+        norm = self.net.model.norm_out
+        if self.output == "last":
+            return self.net.head(norm(x.reshape(batch, -1, x.shape[1])[:, -1]))
+        hidden = norm(x)
+        by_column = hidden.reshape(batch, -1, x.shape[1])
+        if self.output == "hidden":
+            return self.net.head(by_column[:, -1]), by_column
+        logits = self.net.head(hidden)
+        return logits.reshape(batch, -1, logits.shape[1])
+
+    def _whole_layers(self, x: Tensor, angles: tuple, places: Tensor, kv_start: Tensor) -> Tensor:
         """All layers, an operator each: x [B, hidden] -> [B, hidden]."""
-        column = ops.cast(columns, ms.int32)
+        column = ops.cast(places, ms.int32)
         i = 0
         for layer in self.net.model.layers:
             attention, feed = layer.attention, layer.feed_forward
@@ -115,6 +154,90 @@ class CachedDecoder(nn.Cell):
         if x.shape[1] > 1:
             x = ops.transpose(x, (0, 2, 1, 3))
         return x.reshape(-1, self.dim)
+
+
+class PrefixColumns(nn.Cell):
+    """Writes the trained prefix into a decoder's cache: row b's to the columns before its first real token.
+
+    Called with kv_start as the decoder will be, and before it; the prefix is computed here once for all the tokens that
+    follow. Returns kv_start.
+    """
+
+    def __init__(self, decoder: CachedDecoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+        self.model = decoder.net.model
+        self.batch, self.kv_heads, self.dim = decoder.batch, decoder.kv_heads, decoder.dim
+        self.length = decoder.prefix
+        self.update = ops.ScatterUpdate(use_locking=False)
+
+    def construct(self, kv_start: Tensor) -> Tensor:
+        places = ops.expand_dims(kv_start, 1) + ops.arange(self.length)  # [B, P]
+        first = self.decoder.first_rows.reshape(self.batch, self.kv_heads, 1)
+        rows = (first + ops.expand_dims(places, 1)).reshape(-1)
+        prefix = self.model.prefix(None)
+        for i in range(len(self.decoder.keys)):
+            self.update(self.decoder.keys[i], rows, self._for_every_row(prefix[i][0]))
+            self.update(self.decoder.values[i], rows, self._for_every_row(prefix[i][1]))
+        return kv_start
+
+    def _for_every_row(self, x: Tensor) -> Tensor:
+        """[P, Hkv, D] -> [B*Hkv*P, D]."""
+        return ops.tile(ops.transpose(x, (1, 0, 2)).reshape(-1, self.dim), (self.batch, 1))
+
+
+class CacheRows(nn.Cell):
+    """Copies whole rows: row b of the target's cache becomes row order[b] of the source's.
+
+    Called as (order int32 [target's batch]) -> order. Both decoders are of one cache length; they may be the same.
+    """
+
+    def __init__(self, source: CachedDecoder, target: CachedDecoder):
+        super().__init__(auto_prefix=False)
+        self.within = source is target
+        self.keys, self.values = target.keys, target.values
+        if not self.within:
+            self.source_keys, self.source_values = source.keys, source.values
+        self.layers, self.batch = len(target.keys), source.batch
+
+    def construct(self, order: Tensor) -> Tensor:
+        for i in range(self.layers):
+            keys, values = self.keys[i], self.values[i]
+            if self.within:
+                ops.assign(keys, self._taken(keys, order, keys.shape))
+                ops.assign(values, self._taken(values, order, values.shape))
+            else:
+                ops.assign(keys, self._taken(self.source_keys[i], order, keys.shape))
+                ops.assign(values, self._taken(self.source_values[i], order, values.shape))
+        return order
+
+    def _taken(self, cache: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Rows `order` of a cache [B*Hkv*T, D], as one of `shape`."""
+        return ops.gather(cache.reshape(self.batch, -1), order, 0).reshape(shape)
+
+
+class CacheColumn(nn.Cell):
+    """Copies one column: in it, row b of the cache becomes row order[b]. The other columns stay as they are.
+
+    Called as (order int32 [B], column int32 []) -> order.
+    """
+
+    def __init__(self, decoder: CachedDecoder):
+        super().__init__(auto_prefix=False)
+        self.keys, self.values = decoder.keys, decoder.values
+        self.layers, self.kv_heads, self.prefix = len(decoder.keys), decoder.kv_heads, decoder.prefix
+        self.first_rows = decoder.first_rows
+        self.update = ops.ScatterUpdate(use_locking=False)
+
+    def construct(self, order: Tensor, column: Tensor) -> Tensor:
+        place = column + self.prefix
+        target = self.first_rows.reshape(-1) + place
+        heads = self.first_rows.reshape(-1, self.kv_heads)  # [B, Hkv]
+        source = ops.gather(heads, order, 0).reshape(-1) + place
+        for i in range(self.layers):
+            self.update(self.keys[i], target, ops.gather(self.keys[i], source, 0))
+            self.update(self.values[i], target, ops.gather(self.values[i], source, 0))
+        return order
 
 
 def _has_plain_layers(net: CausalLM) -> bool:

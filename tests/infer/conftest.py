@@ -1,5 +1,8 @@
 """A tiny model with random weights, its tokenizer, and both as files that a run can load."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from llm_core.models.spec import DecoderSpec
@@ -87,3 +90,10 @@ def run_file(tmp_path_factory, net, spm_model):
     save_file(tensors, folder / "weights.safetensors")
     (folder / "predict.yaml").write_text(CONFIG.format(folder=folder, tokenizer=spm_model))
     return folder / "predict.yaml"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """What transformers 4.55.4 generated; made by tools/make_golden.py generation."""
+    with np.load(Path(__file__).parent.parent / "golden" / "generation.npz") as file:
+        return dict(file)

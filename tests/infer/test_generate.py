@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from llm_core.errors import UserError
-from llm_core.infer import generate
-from llm_core.infer.generate import Generator, cache_length, prompt_columns
+from llm_core.infer import batch
+from llm_core.infer.batch import cache_length, prompt_columns
+from llm_core.infer.generate import Generator
 from llm_core.infer.sampling import SamplingParams
 
 PROMPTS = [[1, 5, 9], [1, *range(40, 70)], [7]]
@@ -42,16 +43,16 @@ def test_left_padding_changes_nothing(generator, greedy):
 
 
 def test_a_growing_cache_changes_nothing(net, spec, greedy, monkeypatch):
-    monkeypatch.setattr(generate, "FIRST_CACHE", 64)
-    monkeypatch.setattr(generate, "ROOM_BEHIND_PROMPT", 16)
+    monkeypatch.setattr(batch, "FIRST_CACHE", 64)
+    monkeypatch.setattr(batch, "ROOM_BEHIND_PROMPT", 16)
     growing = Generator(net, spec, eos_ids=[], pad_id=-1)
     answers = growing.generate(PROMPTS, GREEDY)
-    assert sorted(length for _, length in growing._decoders) == [64, 96]
+    assert sorted(shape.length for shape in growing.decoders.caches) == [64, 96]
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in greedy]
 
 
 def test_a_prompt_read_in_pieces_changes_nothing(net, spec, greedy, monkeypatch):
-    monkeypatch.setattr(generate, "PREFILL_COLUMNS", (16,))
+    monkeypatch.setattr(batch, "PREFILL_COLUMNS", (16,))
     in_pieces = Generator(net, spec, eos_ids=[], pad_id=0)
     [answer] = in_pieces.generate([PROMPTS[1]], SamplingParams(max_new_tokens=5))
     assert answer.token_ids == greedy[1].token_ids[:5]

@@ -4,13 +4,28 @@ import numpy as np
 import pytest
 
 from llm_core.errors import UserError
-from llm_core.infer.sampling import Sampler, SamplingParams, keep_top_k, keep_top_p, softmax
+from llm_core.infer.sampling import SamplingParams
+from llm_core.infer.scores import (
+    Sampler,
+    ScoreChain,
+    Text,
+    ends_of_bad_words,
+    ends_of_seen_ngrams,
+    keep_top_k,
+    keep_top_p,
+    softmax,
+)
 
 NEVER = -np.inf
 
 
-def sampler_for(prompts, params, eos_ids=(), vocab=50, seed=0):
-    return Sampler(prompts, params, eos_ids, vocab, [(seed + row, 0) for row in range(len(prompts))])
+def sampler_for(prompts, params, eos_ids=(), seed=0, streams=None):
+    texts = [Text(list(map(int, prompt)), len(prompt), number) for number, prompt in enumerate(prompts)]
+    return Sampler(texts, ScoreChain(params, eos_ids), streams or [(seed + row, 0) for row in range(len(prompts))])
+
+
+def chosen(sampler, logits):
+    return sampler.choose(logits, range(len(logits)))
 
 
 def random_logits(rows, vocab=50, seed=0):
@@ -38,21 +53,21 @@ def test_top_p_cuts_between_equal_scores():
 def test_temperature_zero_is_greedy():
     logits = random_logits(3)
     params = SamplingParams(do_sample=True, temperature=0)
-    assert sampler_for([[1]] * 3, params).choose(logits).tolist() == logits.argmax(-1).tolist()
+    assert chosen(sampler_for([[1]] * 3, params), logits).tolist() == logits.argmax(-1).tolist()
 
 
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([[0.1, 0.6, 0.3]], np.float32))
-    sampler = sampler_for([[0]], SamplingParams(do_sample=True), vocab=3)
-    counts = np.bincount([int(sampler.choose(logits)[0]) for _ in range(20_000)], minlength=3) / 20_000
+    sampler = sampler_for([[0]], SamplingParams(do_sample=True))
+    counts = np.bincount([int(chosen(sampler, logits)[0]) for _ in range(20_000)], minlength=3) / 20_000
     assert np.abs(counts - [0.1, 0.6, 0.3]).max() < 0.015
 
 
 def test_an_impossible_token_is_never_drawn():
     logits = np.full((1, 6), NEVER, np.float32)
     logits[0, 4] = 0
-    sampler = sampler_for([[0]], SamplingParams(do_sample=True), vocab=6)
-    assert {int(sampler.choose(logits)[0]) for _ in range(50)} == {4}
+    sampler = sampler_for([[0]], SamplingParams(do_sample=True))
+    assert {int(chosen(sampler, logits)[0]) for _ in range(50)} == {4}
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch():
@@ -61,38 +76,51 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
     together = sampler_for([[1], [2], [3], [4]], params, seed=7)
     alone = sampler_for([[3]], params, seed=7 + 2)
     for _ in range(5):
-        assert together.choose(logits)[2] == alone.choose(logits[2:3])[0]
+        assert chosen(together, logits)[2] == chosen(alone, logits[2:3])[0]
 
 
 def test_seeds_and_sequences_give_different_streams():
     params = SamplingParams(do_sample=True)
-    sampler = Sampler([[1]] * 3, params, (), 1000, [(0, 0), (0, 1), (1, 0)])
+    sampler = sampler_for([[1]] * 3, params, streams=[(0, 0), (0, 1), (1, 0)])
     logits = np.zeros((3, 1000), np.float32)
-    draws = np.stack([sampler.choose(logits) for _ in range(8)], 1)
+    draws = np.stack([chosen(sampler, logits) for _ in range(8)], 1)
     assert len({tuple(row) for row in draws}) == 3
 
 
 def test_repetition_penalty_counts_prompt_and_answer():
     params = SamplingParams(repetition_penalty=2.0)
-    sampler = sampler_for([[0]], params, vocab=3)
+    sampler = sampler_for([[0]], params)
     logits = np.array([[4, 3, 1.9]], np.float32)
-    assert [int(sampler.choose(logits)[0]) for _ in range(3)] == [1, 0, 0]  # 3 | 2, 1.5, 1.9 -> 0 keeps 2
+    assert [int(chosen(sampler, logits)[0]) for _ in range(3)] == [1, 0, 0]  # 3 | 2, 1.5, 1.9 -> 0 keeps 2
 
 
 def test_ends_are_impossible_until_the_shortest_length():
     logits = np.array([[0, 1, 9]], np.float32)
-    sampler = sampler_for([[0, 0]], SamplingParams(min_length=4), eos_ids=[2], vocab=3)
-    assert [int(sampler.choose(logits)[0]) for _ in range(3)] == [1, 1, 2]
-    sampler = sampler_for([[0, 0]], SamplingParams(min_new_tokens=1), eos_ids=[2], vocab=3)
-    assert [int(sampler.choose(logits)[0]) for _ in range(2)] == [1, 2]
+    sampler = sampler_for([[0, 0]], SamplingParams(min_length=4), eos_ids=[2])
+    assert [int(chosen(sampler, logits)[0]) for _ in range(3)] == [1, 1, 2]
+    sampler = sampler_for([[0, 0]], SamplingParams(min_new_tokens=1), eos_ids=[2])
+    assert [int(chosen(sampler, logits)[0]) for _ in range(2)] == [1, 2]
     both = SamplingParams(min_length=9, min_new_tokens=1)  # the latter wins, as in transformers
-    sampler = sampler_for([[0, 0]], both, eos_ids=[2], vocab=3)
-    assert [int(sampler.choose(logits)[0]) for _ in range(2)] == [1, 2]
+    sampler = sampler_for([[0, 0]], both, eos_ids=[2])
+    assert [int(chosen(sampler, logits)[0]) for _ in range(2)] == [1, 2]
+
+
+def test_no_run_of_tokens_stands_twice():
+    assert ends_of_seen_ngrams([1, 2, 3, 1, 2, 4, 1, 2], 3) == [3, 4]
+    assert ends_of_seen_ngrams([1, 2, 3], 1) == [1, 2, 3]
+    assert ends_of_seen_ngrams([1], 3) == ends_of_seen_ngrams([1, 1], 3) == []
+    sampler = sampler_for([[0]], SamplingParams(no_repeat_ngram_size=1))
+    assert [int(chosen(sampler, np.array([[9, 8, 7, 6]], np.float32))[0]) for _ in range(3)] == [1, 2, 3]
+
+
+def test_bad_words_are_not_written():
+    assert ends_of_bad_words([4, 5], [[7], [5, 8], [4, 9], [4, 5, 6], [2]], [2]) == [7, 8]
+    assert ends_of_bad_words([1, 4, 5], [[4, 5, 6]], []) == [6]
 
 
 def test_not_a_number_is_reported():
     with pytest.raises(UserError, match="NaN"):
-        sampler_for([[0]], SamplingParams(), vocab=2).choose(np.array([[np.nan, 1]], np.float32))
+        chosen(sampler_for([[0]], SamplingParams()), np.array([[np.nan, 1]], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +159,11 @@ def test_how_many_tokens_may_be_written():
         {"repetition_penalty": 1.4},
         {"min_length": 9},
         {"min_new_tokens": 3},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[5], [0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [3]]},
+        {"num_beams": 3, "top_k": 1},
+        {"num_beams": 3, "top_p": 0.01},
         {"repetition_penalty": 0.8, "min_new_tokens": 2, "temperature": 0.6, "top_k": 30, "top_p": 0.9},
     ],
 )
@@ -141,11 +174,11 @@ def test_probabilities_are_those_of_transformers(settings):
     config = transformers.GenerationConfig(do_sample=True, **{"top_k": 0, **settings})
     config._eos_token_tensor = torch.tensor([3, 7])
     processors = transformers.GenerationMixin()._get_logits_processor(config, input_ids_seq_length=6, device="cpu")
-    sampler = sampler_for(prompts, SamplingParams(do_sample=True, **settings), eos_ids=[3, 7], vocab=200)
+    sampler = sampler_for(prompts, SamplingParams(do_sample=True, **settings), eos_ids=[3, 7])
 
     ids = torch.tensor(prompts)
     for step in range(5):
         logits = random_logits(4, 200, seed=step)
         theirs = torch.softmax(processors(ids, torch.tensor(logits)), -1).numpy()
-        np.testing.assert_allclose(softmax(sampler.scores(logits)), theirs, rtol=0, atol=1e-6)
-        ids = torch.cat([ids, torch.tensor(sampler.choose(logits))[:, None]], -1)
+        np.testing.assert_allclose(softmax(sampler.chain(logits, sampler.texts)), theirs, rtol=0, atol=1e-6)
+        ids = torch.cat([ids, torch.tensor(chosen(sampler, logits))[:, None]], -1)
