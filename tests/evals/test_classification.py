@@ -224,3 +224,28 @@ def test_data_that_is_no_classifiers(folder, tmp_path, change, message):
 def test_a_classifier_writes_no_text(folder, tmp_path):
     with pytest.raises(UserError, match="a classifier writes no text; --run_mode eval measures it"):
         load(folder, tmp_path / "out", ("run_mode", "predict"), ("predict_data", "Hello")).require_runnable()
+
+
+SHRUNKEN = {
+    "vocab_size": "512", "hidden_size": "32", "num_layers": "1", "num_heads": "4", "seq_length": "64",
+    "ffn_hidden_size": "48", "compute_dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["falcon/lora_falcon_rw_1b_mrpc.yaml", "demo/lora_falcon_demo_mrpc.yaml"])
+def test_the_shipped_runs_start(folder, tmp_path, capsys, name):
+    path = Path(__file__).parents[2] / "configs" / name
+    spec = spec_from_config(load_config(path).config.model)
+    assert spec.head == "sequence" and spec.num_labels == 2
+    data, output = str(folder / "train.mindrecord"), tmp_path / "out"
+    sizes = [(f"model.model_config.{key}", value) for key, value in SHRUNKEN.items()]
+    given = [
+        ("train_dataset.data_loader.dataset_dir", data), ("eval_dataset.data_loader.dataset_dir", data),
+        ("output_dir", str(output)), ("runner_config.epochs", "1"), ("context.device_target", "CPU"),
+    ]  # fmt: skip
+    loaded = load_config(path, [*sizes, *given])
+    loaded.require_runnable()
+    assert train(loaded) == 0
+    (measured,) = [line for line in read_metrics(output / "metrics.jsonl") if "accuracy" in line]
+    assert measured["step"] == 8 and 0 <= measured["f1"] <= 1
+    assert "lora" in capsys.readouterr().err
