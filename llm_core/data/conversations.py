@@ -1,10 +1,10 @@
 """Formats of instruction data -> conversations: messages of a person and of an assistant in turn.
 
-    sharegpt  {"conversations": [{"from": "human"|"gpt"|"system", "value": ...}, ...]}
-    messages  {"messages": [{"role": "user"|"assistant"|"system", "content": ...}, ...]}   (OpenAI's form)
-    alpaca    {"instruction": ..., "input": ..., "output": ...}, and "system" and "history": [[question, answer], ...]
-    src_tgt   {"src": ..., "tgt": ...}, or lists of turns (PaddleNLP's form)
-    oasst1    a tree of messages a row, or one of its messages a row: see oasst.py
+sharegpt  {"conversations": [{"from": "human"|"gpt"|"system", "value": ...}, ...]}
+messages  {"messages": [{"role": "user"|"assistant"|"system", "content": ...}, ...]}   (OpenAI's form)
+alpaca    {"instruction": ..., "input": ..., "output": ...}, and "system" and "history": [[question, answer], ...]
+src_tgt   {"src": ..., "tgt": ...}, or lists of turns (PaddleNLP's form)
+oasst1    a tree of messages a row, or one of its messages a row: see oasst.py
 """
 
 from __future__ import annotations

@@ -25,8 +25,13 @@ _KEYS = {
 def detect_format(path: Path) -> str:
     """A --dataset_type for `path`: a name of conversations.FORMATS, jsonl, or wiki for what is no JSON.
 
-    UserError for JSON of another form.
+    UserError for JSON of another form, and for tables.
     """
+    if path.suffix in (".csv", ".tsv"):
+        raise UserError(
+            f"{path}: a table; mmlu_csv2json.py reads MMLU's and CMMLU's, mrpc_process.py pairs of sentences. To take "
+            "it as plain text give --dataset_type text"
+        )
     try:
         with open(path, "rb") as file:
             head = file.read(_FIRST_BYTES)
@@ -40,11 +45,9 @@ def detect_format(path: Path) -> str:
     for key, kind in _KEYS.items():
         if key in row:
             return kind
-    hint = "; it looks like SQuAD: use squad_data_process.py" if "data" in row else ""
-    raise UserError(
-        f"{path}: its rows have the keys {', '.join(map(repr, row)) or 'none'}, by which no format is known{hint}; "
-        "give --dataset_type"
-    )
+    advice = "it looks like SQuAD: use squad_data_process.py" if "data" in row else "give --dataset_type"
+    keys = ", ".join(map(repr, row)) or "none"
+    raise UserError(f"{path}: its rows have the keys {keys}, by which no format is known; {advice}")
 
 
 def _first_row(path: Path, head: bytes) -> Any:

@@ -61,11 +61,11 @@ def _sample(written_by: ChatFormat, messages: Sequence[Message], place: str) -> 
         rounds = written_by.rounds(messages)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    return [
-        segment
-        for prompt, answer in rounds
-        for segment in (*((part, False) for part in prompt), *((part, True) for part in answer))
-    ]
+    segments: list[Segment] = []
+    for prompt, answer in rounds:
+        segments += [(part, False) for part in prompt]
+        segments += [(part, True) for part in answer]
+    return segments
 
 
 class Conversations:

@@ -7,59 +7,22 @@ somebody typed stays four characters of text.
 
 from __future__ import annotations
 
-import difflib
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 from llm_core.errors import UserError
+from llm_core.text.chat_base import ChatFormat, Message, Round, pairs_of, part_ids
+from llm_core.text.chat_fastchat import FastchatFormat
 from llm_core.text.jinja import ChatTemplate, load_template
 from llm_core.text.pieces import Part, Piece, Splitter, clean, learnt_flags, mark, merged, without_marks
-from llm_core.text.templates import conversation_template, written_rounds
-from llm_core.text.tokenizer import SpecialToken, Tokenizer
+from llm_core.text.tokenizer import Tokenizer
 
-Message = Mapping[str, str]
-Round = tuple[list[Part], list[Part]]
+__all__ = ["INTERNLM", "PLAIN", "TOKENIZER", "ChatFormat", "Message", "chat_format", "part_ids", "template_path"]
 
 PLAIN, INTERNLM, TOKENIZER = "none", "internlm", "tokenizer"
 _FILE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".json")
-
-
-class ChatFormat(ABC):
-    """One way of writing conversations, for one tokenizer. `name` is what `chat_format` was given."""
-
-    name: str
-    tokenizer: Tokenizer
-    stop_strings: tuple[str, ...] = ()  # what ends an answer besides stop_ids
-
-    @abstractmethod
-    def prompt(self, messages: Sequence[Message]) -> list[Part]:
-        """The conversation up to where the assistant begins to write. The last message is the user's."""
-
-    @abstractmethod
-    def rounds(self, messages: Sequence[Message]) -> list[Round]:
-        """For training: (parts before an answer, parts of the answer with its end), one after the other.
-
-        All of an answer's parts are learnt. The messages alternate, the user's first, after an optional system message.
-        """
-
-    @cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: what this format writes behind one."""
-        *_, (_, answer) = self.rounds([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        return tuple(dict.fromkeys(token for part in answer if not isinstance(part, str) for token in part))
-
-    def text(self, messages: Sequence[Message]) -> str:
-        """The prompt for people to read: special ids as the vocabulary spells them."""
-        return "".join(
-            part if isinstance(part, str) else "".join(map(self.spell, part)) for part in self.prompt(messages)
-        )
-
-    def spell(self, token: int) -> str:
-        """A special id for people to read."""
-        return self.tokenizer.id_to_piece(token)
 
 
 def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
@@ -85,17 +48,6 @@ def template_path(name: str) -> Path | None:
     return path if "/" in name or path.suffix in _FILE_SUFFIXES else None
 
 
-def part_ids(parts: Sequence[Part], tokenizer: Tokenizer) -> list[int]:
-    """The ids of parts; texts that follow each other are encoded as one text."""
-    ids: list[int] = []
-    for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
-        if is_text:
-            ids += tokenizer.encode("".join(run))
-        else:
-            ids += [token for part in run for token in part]
-    return ids
-
-
 class PlainFormat(ChatFormat):
     """The texts as they are: bos, then each question with its answer and eos. Messages of the system come first."""
 
@@ -118,69 +70,13 @@ class PlainFormat(ChatFormat):
         return [([self.tokenizer.start_ids, *first[0]], first[1]), *rest]
 
     def _written(self, messages: Sequence[Message]) -> list[Round]:
-        system, pairs = _pairs(messages)
+        system, pairs = pairs_of(messages)
         before = [f"{system}\n"] if system else []
         rounds: list[Round] = []
         for question, answer in pairs:
             rounds.append(([*before, question], [answer or "", self.tokenizer.end_ids]))
             before = []
         return rounds
-
-
-class FastchatFormat(ChatFormat):
-    """A template of fastchat. bos is put in front; an answer ends with the mark that the template writes, else eos."""
-
-    def __init__(self, name: str, tokenizer: Tokenizer) -> None:
-        """UserError for a name that fastchat does not have."""
-        self.name, self.tokenizer = name, tokenizer
-        conversation = _known_template(name)
-        conversation.messages = []  # some templates come with an example conversation
-        self._conversation = conversation
-        self._splitter = Splitter([*_usual_marks(tokenizer), *tokenizer.special_tokens])
-        marks = conversation.stop_str if isinstance(conversation.stop_str, list) else [conversation.stop_str]
-        speaker = conversation.roles[0]
-        self.stop_strings = tuple(m for m in (*marks, f"{speaker}:" if speaker else "") if m)
-
-    def prompt(self, messages: Sequence[Message]) -> list[Part]:
-        """See ChatFormat."""
-        system, pairs = _pairs(messages)
-        *former, (question, _) = self._written(system, [*pairs[:-1], (pairs[-1][0], "")])
-        return merged([piece for asked, answer in former for piece in asked + answer] + question)
-
-    def rounds(self, messages: Sequence[Message]) -> list[Round]:
-        """See ChatFormat."""
-        return [(merged(question), merged(answer)) for question, answer in self._written(*_pairs(messages))]
-
-    def _written(self, system: str | None, pairs: list[tuple[str, str]]) -> list[tuple[list[Piece], list[Piece]]]:
-        conversation = self._conversation
-        if system is not None:
-            conversation = conversation.copy()
-            conversation.set_system_message(mark(clean(system), False))
-        marked = [(mark(clean(question), False), mark(clean(answer), True)) for question, answer in pairs]
-        start = self.tokenizer.start_ids
-        bos = [Piece(start)] if start else []
-        before = bos  # what the next question begins with
-        rounds = []
-        for question, answer in written_rounds(conversation, marked):
-            asked = self._splitter.split(question)
-            if before is bos and asked and asked[0].value == start:
-                before = []  # the template writes bos itself
-            answered, behind = self._ended(self._splitter.split(answer))
-            rounds.append(([*before, *asked], answered))
-            before = behind
-        return rounds
-
-    def _ended(self, pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
-        """An answer with its end mark, and what the template writes behind it (llama-2's bos of the next round)."""
-        for number, piece in enumerate(pieces):
-            if piece.is_special:
-                return pieces[: number + 1], [p for p in pieces[number + 1 :] if not _is_blank(p)]
-        end = self.tokenizer.end_ids
-        return [*pieces, *([Piece(end)] if end else [])], []
-
-
-def _is_blank(piece: Piece) -> bool:
-    return isinstance(piece.value, str) and not piece.value
 
 
 class InternLMFormat(ChatFormat):
@@ -224,7 +120,7 @@ class InternLMFormat(ChatFormat):
         return names.get((token,)) or super().spell(token)
 
     def _written(self, messages: Sequence[Message]) -> list[Round]:
-        system, pairs = _pairs(messages)
+        system, pairs = pairs_of(messages)
         before: list[Part] = [self.tokenizer.start_ids]
         if system:
             before += [f"<|System|>:{system}", self._new_line]
@@ -280,20 +176,6 @@ class JinjaFormat(ChatFormat):
         return pieces
 
 
-def _known_template(name: str):
-    from fastchat.conversation import conv_templates
-
-    if name not in conv_templates:
-        names = [PLAIN, INTERNLM, TOKENIZER, *conv_templates]
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}?" if near else "vicuna_v1.1 is one"
-        raise UserError(
-            f"{name}: no chat format of this name ({hint}); give none, internlm, tokenizer (the template in its "
-            "folder), a path (with a slash in it), or the name of a fastchat template"
-        )
-    return conversation_template(name)
-
-
 def _internlm_marks(tokenizer: Tokenizer) -> dict[str, list[int]]:
     """InternLM's tokenizer.model keeps its last two pieces, which it calls unused, for <eoa> and <eoh>."""
     ids = {"<eoa>": tokenizer.vocab_size - 2, "<eoh>": tokenizer.vocab_size - 1}
@@ -301,27 +183,8 @@ def _internlm_marks(tokenizer: Tokenizer) -> dict[str, list[int]]:
     return {text: [token] for text, token in ids.items()} if unused else {}
 
 
-def _usual_marks(tokenizer: Tokenizer) -> list[SpecialToken]:
-    """fastchat writes Llama's <s> and </s>, whatever the tokenizer calls its own."""
-    return [SpecialToken("<s>", tuple(tokenizer.start_ids)), SpecialToken("</s>", tuple(tokenizer.end_ids))]
-
-
 def _new_line_ids(tokenizer: Tokenizer) -> list[int]:
     """A line break by itself: without the space that some tokenizers put in front of a text."""
     behind = tokenizer.encode("a\n")
     before = tokenizer.encode("a")
     return behind[len(before) :] if behind[: len(before)] == before else tokenizer.encode("\n")
-
-
-def _pairs(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str]]]:
-    """(system message, [(question, answer)]); the last answer may be missing, and is "" then."""
-    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-    turns = list(messages[1:] if system is not None else messages)
-    if not turns:
-        raise UserError("a conversation without a message")
-    for number, turn in enumerate(turns):
-        expected = ("user", "assistant")[number % 2]
-        if turn["role"] != expected:
-            raise UserError(f"message {number} is the {turn['role']}'s, and it is the {expected}'s turn")
-    contents = [turn["content"] for turn in turns]
-    return system, list(zip(contents[::2], [*contents[1::2], ""], strict=False))

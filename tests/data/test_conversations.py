@@ -180,6 +180,9 @@ def test_what_cannot_be_told(tmp_path):
     text.write_text("Text")
     with pytest.raises(UserError, match="use squad_data_process.py"):
         detect_format(squad)
+    (tmp_path / "a.csv").write_text("q,a")
+    with pytest.raises(UserError, match="a.csv: a table; mmlu_csv2json.py"):
+        detect_format(tmp_path / "a.csv")
     with pytest.raises(UserError, match="chats.json looks like messages, and .*a.txt like wiki"):
         detect_one_format([chats, text])
 

@@ -34,8 +34,10 @@ def script(monkeypatch, name: str, *arguments: object) -> int:
 
 
 def transform(monkeypatch, rows: Path, output: str, tokenizer: Path) -> None:
-    assert script(monkeypatch, "dataset_preprocess/transform_dataset.py", "--input", rows, "--output", output,
-                  "--num_shards", 4, "--model_file", tokenizer, "--seq_length", 320, "--num_workers", 1) == 0  # fmt: skip
+    flags = ["--num_shards", 4, "--model_file", tokenizer, "--seq_length", 320, "--num_workers", 1]
+    assert script(
+        monkeypatch, "dataset_preprocess/transform_dataset.py", "--input", rows, "--output", output, *flags
+    ) == 0
 
 
 def run_llm(*arguments: object) -> int:
