@@ -399,6 +399,7 @@ def test_names_and_calls_are_the_references(ascend):
     assert set(ascend.__all__) == set(reference.__all__) > set(OPERATORS)
     arguments = {"heads": 4, "head_dim": 64, "eps": 1e-5, "vocab_size": 7, "betas": (0.9, 0.95), "weight_decay": 0.1}
     arguments |= {"decoupled": True, "bias_correction": True, "prefix": 0, "dropout": False, "bf16": True}
+    arguments |= {"frozen": True, "rate": 0.1, "site": 3}
     for name in reference.__all__:
         ours, theirs = getattr(ascend, name), getattr(reference, name)
         if name in OPERATORS:

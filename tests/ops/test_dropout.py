@@ -81,3 +81,14 @@ def test_gradient_uses_the_same_mask():
     gradient = ms.ops.GradOperation()(cell)(Tensor(x), key).asnumpy()
     np.testing.assert_allclose(gradient, out / x, rtol=1e-6)
     assert 0 < (out == 0).mean() < 1
+
+
+def test_every_backend_drops_the_same():
+    """Dropout in one pass, where the backend has it, is multiplication with the mask."""
+    from mindspore import Tensor
+
+    key = Tensor(core_ops.dropout_key(4, 2, 1))
+    for rows, columns in ((1, 1), (7, 9), (64, 48)):
+        x = np.random.RandomState(0).standard_normal((rows, columns)).astype(np.float32)
+        mask = core_ops.DropoutMask(0.3, 0xFFFFFFFF)(key, rows, columns).asnumpy()
+        np.testing.assert_array_equal(core_ops.Dropout(0.3, 0xFFFFFFFF)(Tensor(x), key).asnumpy(), x * mask)
