@@ -185,11 +185,11 @@ def test_every_problem_is_reported_with_its_line(write) -> None:
         "  learning_rate: 1.e-3\n"
     )
     lines = [line.replace(str(path.parent) + "/", "") for line in problems(path).splitlines()]
+    heads = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    networks = ", ".join(f"{family}For{head}" for family in ("Llama", "InternLM", "Falcon") for head in heads)
     for expected in (
         "run.yaml:1: sed: unknown key; did you mean seed?",
-        "run.yaml:3: model.arch.type: 'LlamaForCausalML' is none of LlamaForCausalLM, InternLMForCausalLM, "
-        "FalconForCausalLM; "
-        "did you mean LlamaForCausalLM?",
+        f"run.yaml:3: model.arch.type: 'LlamaForCausalML' is none of {networks}; did you mean LlamaForCausalLM?",
         "run.yaml:6: model.model_config.hiden_size: unknown key; did you mean model.model_config.hidden_size?",
         "run.yaml:7: model.model_config.compute_dtype: 'flot16' is none of float32, float16, bfloat16; "
         "did you mean float16?",

@@ -16,20 +16,22 @@ from llm_core.report.metrics import read_metrics
 from llm_core.train.check import check
 from llm_core.train.run import train
 
-FALCONS = {
-    "rw": {"alibi": True, "bias": True, "parallel_attn": False, "multi_query": False},
-    "40b": {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_dropout_rate": 0.05},
+RUNS = {
+    "falcon_rw": ("Falcon", {"alibi": True, "bias": True, "parallel_attn": False, "multi_query": False}),
+    "falcon_40b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_dropout_rate": 0.05}),
+    "internlm": ("InternLM", {"intermediate_size": 48}),
 }
 
 
-@pytest.mark.parametrize("name", FALCONS)
-def test_a_falcon_trains_from_scratch(write_config: Callable[..., Path], tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_a_family_trains_from_scratch(write_config: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    family, changes = RUNS[name]
     config = write_config(
         model={
-            "arch": {"type": "FalconForCausalLM"},
+            "arch": {"type": f"{family}ForCausalLM"},
             "model_config": {
-                "type": "FalconConfig", "seq_length": 24, "vocab_size": 96, "hidden_size": 32, "num_layers": 1,
-                "num_heads": 4, "pad_token_id": 0, **FALCONS[name],
+                "type": f"{family}Config", "seq_length": 24, "vocab_size": 96, "hidden_size": 32, "num_layers": 1,
+                "num_heads": 4, "pad_token_id": 0, **changes,
             },
         },
         callbacks=[{"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 21}],
