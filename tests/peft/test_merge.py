@@ -112,6 +112,19 @@ def test_a_norm_that_was_trained_as_well_takes_the_bases_place():
         merge_lora(base_weights(spec), tensors, adapter.pet)
 
 
+def test_a_classifiers_head_comes_along(tmp_path):
+    spec = replace(spec_of("linear"), head="sequence", num_labels=3)
+    adapter = made(spec)
+    score = np.random.RandomState(0).standard_normal((3, 32)).astype(np.float32)
+    adapter = replace(adapter, tensors=adapter.tensors | {"score.weight": score})
+    weights = base_weights(spec)
+    del weights["score.weight"]  # no base model has one
+    base = write(tmp_path / "base.safetensors", weights)
+    merge = merge_files(spec, base, adapter, tmp_path / "merged.safetensors")
+    assert merge.drift < 5e-6
+    np.testing.assert_array_equal(read_weights(merge.path)["score.weight"], score)
+
+
 # ---- refused
 
 
