@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -187,3 +188,46 @@ def test_bfloat16_products():
     exact = build_net(SPEC, pet, seed=4)(tokens).asnumpy()
     rounded = build_net(replace(SPEC, compute_dtype="bfloat16"), pet, seed=4)(tokens).asnumpy()
     assert 0 < np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
+
+
+# ---- the graph
+
+STEP = """
+import os, sys
+os.environ["RUN_LLM_COMPILE_CACHE"] = "0"
+sys.path[:0] = [".", "tests/peft"]
+from llm_core.runtime import prepare_environment
+prepare_environment()
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+import test_lora as t
+from llm_core import ops
+from llm_core.models.heads import training_loss
+from llm_core.train.step import AccumulateStep
+
+ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", save_graphs=1, save_graphs_path=sys.argv[1])
+net = t.build_net(t.replace(t.SPEC, num_layers=1), t.lora(target_modules="wq"), seed=1)
+weights = ms.ParameterTuple(net.trainable_params())
+sums = ms.ParameterTuple(ms.Parameter(w.value(), name="sum." + w.name) for w in weights)
+step = AccumulateStep(training_loss(net), weights, sums).set_train()
+tokens, one = Tensor(np.ones((2, 8), np.int32)), Tensor(np.float32(1))
+step.compile(tokens, tokens, Tensor(ops.dropout_key(0, 1)), one, one)
+print(ops.backend().name)
+"""
+
+
+def test_the_graph_computes_no_gradient_of_a_frozen_weight(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, str(tmp_path)], check=True, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    if done.stdout.split()[-1] != "cpu":
+        pytest.skip("counts the operators of the CPU kernels")
+    graph = max(tmp_path.glob("trace_code_graph_*")).read_text()
+    forward, update = 7, 2  # of the layer's linears; of A and B
+    # Behind wq nothing learns, so its input needs no gradient, nor do wk and wv.
+    inputs, factors = 4, 3  # gradients to the inputs of wo, w1, w3, w2; to A, B and what lies between them
+    assert len(re.findall(r"= \w*MatMul\(", graph)) == forward + update + inputs + factors
+    assert "linear_cross_entropy_frozen" in graph and "attention_backward" in graph
+    assert "embedding_backward" not in graph
