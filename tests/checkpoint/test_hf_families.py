@@ -8,6 +8,8 @@ packed together, so its folder is packed here, row by row, from a Llama that is 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from llm_core.checkpoint.hf_fused import HfView, QkvLayout
 from llm_core.checkpoint.weights import load_into, open_weights, read_weights
 from llm_core.config import load_config
 from llm_core.errors import UserError
+from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import spec_from_config
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
@@ -241,3 +244,58 @@ def test_the_family_must_be_the_configurations(tmp_path):
         HfView({"model.layers.0.feed_forward.w3.weight": np.ones((2, 2))}, "falcon", QkvLayout(1, 2))
     with pytest.raises(UserError, match=r"wk\.weight.*is missing"):
         HfView({"model.layers.0.attention.wq.weight": np.ones((2, 2))}, "falcon", QkvLayout(1, 2))
+
+
+# ---- the command, from a YAML
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    tool = Path(__file__).parents[2] / "tools" / "convert_weight.py"
+    return subprocess.run([sys.executable, str(tool), *map(str, arguments)], capture_output=True, text=True)
+
+
+YAML = """
+model:
+  arch: {{type: {family}ForCausalLM}}
+  model_config:
+    {{type: {family}Config, hidden_size: 32, num_heads: 4, num_layers: 1, vocab_size: 64, seq_length: 32{more}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "more", "says"),
+    [
+        ("internlm", "InternLM", "", {"bias": True, "rotary": {"base": 10000.0, "type": "origin"}}),
+        ("internlm2", "Llama", ", n_kv_heads: 2, has_bias: True", {"bias": True, "num_key_value_heads": 2}),
+        ("qwen2", "Llama", ", n_kv_heads: 2, qkv_has_bias: True", {"use_sliding_window": False}),
+        ("mistral", "Llama", ", n_kv_heads: 2", {"sliding_window": None}),
+        ("falcon", "Falcon", ", new_decoder_architecture: True, num_kv_heads: 2", {"num_kv_heads": 2, "bias": False}),
+    ],
+)
+def test_a_run_of_ours_in_the_form_of_its_family(tmp_path, model, family, more, says):
+    """What a training wrote, with its YAML, becomes the family's folder; that folder loads, bit for bit."""
+    run = tmp_path / "run.yaml"
+    run.write_text(YAML.format(family=family, more=more))
+    shapes = parameter_shapes(spec_from_config(load_config(run).config.model))
+    rng = np.random.default_rng(0)
+    ours = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    write(tmp_path / "ours.safetensors", ours)
+    common = ("--model", model, "--input_path", tmp_path / "ours.safetensors", "--reversed", "--config", run)
+    done = command(*common, "--output_path", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["model_type"] == model and config | says == config
+    assert_same(read_weights(tmp_path / "hf"), ours)
+    loaded = load_config(run, [("load_checkpoint", str(tmp_path / "hf"))]).config.model
+    assert parameter_shapes(spec_from_config(loaded)) == shapes
+    back = command("--model", model, "--input_path", tmp_path / "hf", "--output_path", tmp_path / "back.ckpt")
+    assert back.returncode == 0, back.stderr
+    assert_same(read_weights(tmp_path / "back.ckpt"), ours)
+
+
+def test_the_command_names_what_does_not_go_together(tmp_path):
+    folder = falcon_folder(tmp_path / "a")
+    done = command("--model", "mistral", "--input_path", folder, "--output_path", tmp_path / "x.ckpt")
+    assert done.returncode == 2 and "give --model falcon" in done.stderr and "Traceback" not in done.stderr
+    done = command("--model", "yi", "--input_path", folder, "--output_path", tmp_path / "x.ckpt")
+    assert done.returncode == 2 and "invalid choice: 'yi'" in done.stderr
