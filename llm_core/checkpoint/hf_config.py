@@ -15,12 +15,14 @@ from llm_core.checkpoint.qkv import ConcatView
 from llm_core.checkpoint.weights import WeightFiles
 from llm_core.config.hf_export import model_config_to_hf
 from llm_core.config.hf_folder import family_of, hf_config_to_model_config, is_hf_folder, read_hf_config
+from llm_core.config.hf_keys import FAMILIES
 from llm_core.errors import UserError
 from llm_core.models.shapes import parameter_shapes
-from llm_core.models.spec import spec_from_config
+from llm_core.models.spec import HEAD_NAMES, spec_from_config
 
 _KEY = "hf_config"  # of a safetensors file's metadata
 _EMBEDDING, _HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
+_EVERY_HEAD = {f"{name}.{kind}" for name in HEAD_NAMES.values() for kind in ("weight", "bias")}
 
 
 def hf_config_metadata(source: str | Path, weights: WeightFiles, family: str | None = None) -> dict[str, str]:
@@ -72,7 +74,24 @@ def config_for(
     content["tie_word_embeddings"] = _is_tied(view, bool(ours["tie_word_embeddings"]))
     content.pop("torch_dtype", None)
     content["dtype" if "dtype" in content else "torch_dtype"] = kind
-    return content
+    return content | _of_classifier(content, view)
+
+
+def _of_classifier(content: Mapping[str, Any], view: ConcatView) -> dict[str, Any]:
+    """What a config.json says of the head that the weights have, where that is a classifier's."""
+    if "qa_outputs.weight" in view:
+        head, classes = "ForQuestionAnswering", 2
+    elif "score.weight" in view:
+        head = "ForTokenClassification" if "score.bias" in view else "ForSequenceClassification"
+        classes = view.heads["score.weight"].shape[0]
+    else:
+        return {}
+    labels = {str(number): f"LABEL_{number}" for number in range(classes)}
+    return {
+        "architectures": [FAMILIES[family_of(content)].name + head],
+        "id2label": labels,
+        "label2id": {label: int(number) for number, label in labels.items()},
+    }
 
 
 def _require_family(content: Mapping[str, Any], family: str | None, origin: str | Path) -> None:
@@ -101,7 +120,7 @@ def _require_fit(ours: Mapping[str, Any], heads: Mapping[str, Head], origin: str
         if ours[key] != value:
             raise UserError(f"{origin}: {theirs} is {ours[key]}, but {source} has {value}; name the right --config")
     expected = _shapes(ours)
-    for name in sorted({*expected, *heads} - {_HEAD}):
+    for name in sorted({*expected, *heads} - _EVERY_HEAD):
         wanted, found = expected.get(name), heads[name].shape if name in heads else None
         if wanted != found:
             shown = [list(shape) if shape is not None else "absent" for shape in (wanted, found)]

@@ -101,6 +101,8 @@ def hf_config_to_model_config(
     result["seq_length"] = result["max_position_embedding"]
     if hf.get("initializer_range"):
         result["initializer_range"] = hf["initializer_range"]
+    if hf.get("id2label") and any("Classification" in name for name in hf.get("architectures") or []):
+        result["num_labels"] = len(hf["id2label"])
     if name == "internlm":
         result.update(_rope_of_internlm(hf, source))
     elif not result.get("alibi"):

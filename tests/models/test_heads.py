@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -207,3 +208,41 @@ def test_the_base_is_the_same_whatever_the_head():
     assert len(shared) == len(classifier) - 1
     for name in shared:
         assert np.array_equal(classifier[name].asnumpy(), causal[name].asnumpy())
+
+
+@pytest.mark.parametrize("name", ["falcon_token", "llama_sequence", "llama_question"])
+def test_a_hugging_face_folder_and_back(tmp_path, name):
+    """A converted classifier is one for transformers too, with the same logits; and its folder loads here."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from mindspore import Tensor
+    from safetensors.numpy import save_file
+
+    from llm_core.checkpoint.convert import to_hugging_face
+    from llm_core.checkpoint.weights import open_weights
+    from llm_core.config import load_config
+
+    family, head, keys = CASES[name]
+    spec = spec_of(name)
+    sizes = dict(
+        type=f"{family}Config", seq_length=16, vocab_size=VOCAB, hidden_size=32, num_layers=1, num_heads=4,
+        num_labels=CLASSES, compute_dtype="float32", **keys,
+    )  # fmt: skip
+    model = {"arch": {"type": f"{family}For{head}"}, "model_config": sizes}
+    (tmp_path / "run.yaml").write_text(json.dumps({"run_mode": "eval", "model": model}))
+    weights = {key: fixed_values(key, shape) for key, shape in parameter_shapes(spec).items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    folder = to_hugging_face(tmp_path / "model.safetensors", tmp_path / "hf", config=tmp_path / "run.yaml")
+
+    theirs = getattr(transformers, f"AutoModelFor{head}").from_pretrained(folder).eval()
+    tokens = np.random.RandomState(2).randint(1, VOCAB, (1, 10))
+    out = theirs(torch.from_numpy(tokens))
+    expected = torch.stack([out.start_logits, out.end_logits], -1) if head == "QuestionAnswering" else out.logits
+
+    loaded = load_config(tmp_path / "run.yaml", [("load_checkpoint", str(folder))])
+    assert spec_from_config(loaded.config.model).num_labels == (2 if head == "QuestionAnswering" else CLASSES)
+    net = build_model(spec_from_config(loaded.config.model), seed=None)
+    report = load_into(net, open_weights(folder))
+    assert not report.missing and not report.unexpected
+    ids = Tensor(tokens.astype(np.int32))
+    logits = net(ids, Tensor(np.array([9], np.int32))) if spec.head == "sequence" else net(ids)
+    assert np.abs(logits.asnumpy() - expected.detach().numpy()).max() < 1e-5
