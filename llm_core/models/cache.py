@@ -50,8 +50,8 @@ class CachedDecoder(nn.Cell):
         super().__init__(auto_prefix=False)
         spec = net.spec
         self.net, self.output = net, output
-        self.prefix = net.model.prefix_length
-        self.batch, self.length = batch_size, cache_length + self.prefix
+        self.prefix_length = net.model.prefix_length
+        self.batch, self.length = batch_size, cache_length + self.prefix_length
         self.kv_heads, self.dim = spec.num_kv_heads, spec.head_dim
         self.keys = self._cache("keys", spec.num_layers) if cache is None else cache.keys
         self.values = self._cache("values", spec.num_layers) if cache is None else cache.values
@@ -80,12 +80,12 @@ class CachedDecoder(nn.Cell):
     def construct(self, tokens: Tensor, start: Tensor, kv_start: Tensor) -> Tensor:
         batch, width = tokens.shape
         columns = start + ops.arange(width)
-        places = columns + self.prefix  # in the cache, of real tokens; row b's prefix begins at kv_start[b]
+        places = columns + self.prefix_length  # in the cache, of real tokens; row b's prefix begins at kv_start[b]
         angles, bias = None, None
         if self.alibi is None:
             angles = self.angles(self._positions(columns, kv_start), start + width - kv_start.min())
         else:
-            bias = self.alibi(self._positions(ops.arange(self.length) - self.prefix, kv_start))
+            bias = self.alibi(self._positions(ops.arange(self.length) - self.prefix_length, kv_start))
         decoder = self.net.model
         x = decoder.tok_embeddings(tokens.reshape(-1))
         if width == 1 and self.whole_layer is not None:
@@ -101,11 +101,11 @@ class CachedDecoder(nn.Cell):
 
     def _rows(self, columns: Tensor, kv_start: Tensor) -> Tensor:
         """The rows of a cache that the keys of these columns [S] go to: [B*Hkv*S], padding before the prefix."""
-        if not self.prefix:
+        if not self.prefix_length:
             return (self.first_rows + columns).reshape(-1)
         real = ops.cast(columns.reshape(1, 1, -1) >= kv_start.reshape(-1, 1, 1), columns.dtype)
         first = self.first_rows.reshape(self.batch, self.kv_heads, 1)
-        return (first + columns + real * self.prefix).reshape(-1)
+        return (first + columns + real * self.prefix_length).reshape(-1)
 
     def _result(self, x: Tensor, batch: int) -> Tensor | tuple[Tensor, Tensor]:
         """What the cell returns, from the last layer's output [B*S, hidden]; see `output`."""
@@ -168,7 +168,7 @@ class PrefixColumns(nn.Cell):
         self.decoder = decoder
         self.model = decoder.net.model
         self.batch, self.kv_heads, self.dim = decoder.batch, decoder.kv_heads, decoder.dim
-        self.length = decoder.prefix
+        self.length = decoder.prefix_length
         self.update = ops.ScatterUpdate(use_locking=False)
 
     def construct(self, kv_start: Tensor) -> Tensor:
@@ -225,12 +225,12 @@ class CacheColumn(nn.Cell):
     def __init__(self, decoder: CachedDecoder):
         super().__init__(auto_prefix=False)
         self.keys, self.values = decoder.keys, decoder.values
-        self.layers, self.kv_heads, self.prefix = len(decoder.keys), decoder.kv_heads, decoder.prefix
+        self.layers, self.kv_heads, self.prefix_length = len(decoder.keys), decoder.kv_heads, decoder.prefix_length
         self.first_rows = decoder.first_rows
         self.update = ops.ScatterUpdate(use_locking=False)
 
     def construct(self, order: Tensor, column: Tensor) -> Tensor:
-        place = column + self.prefix
+        place = column + self.prefix_length
         target = self.first_rows.reshape(-1) + place
         heads = self.first_rows.reshape(-1, self.kv_heads)  # [B, Hkv]
         source = ops.gather(heads, order, 0).reshape(-1) + place

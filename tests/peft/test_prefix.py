@@ -298,6 +298,32 @@ def test_cached_and_padded_answers_are_the_uncached_ones(use, monkeypatch, famil
     assert changed == [uncached(net, prompt, 48) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
+def test_other_searches_keep_the_prefix_of_every_row():
+    """Beams and candidates copy rows, an assistant's guesses are read several at a time and forgotten again."""
+    from llm_core.infer.generate import Generator
+    from llm_core.infer.sampling import SamplingParams
+
+    net = build_net(LLAMA, PREFIX, seed=3)
+    fill(net, 4.0)
+    net.set_train(False)
+    generator = Generator(net, net.spec, eos_ids=[], pad_id=0)
+    for params in (
+        SamplingParams(max_new_tokens=20, num_beams=3),
+        SamplingParams(max_new_tokens=20, penalty_alpha=0.4, top_k=4),
+    ):
+        together = [answer.token_ids for answer in generator.generate(PROMPTS, params)]
+        alone = [generator.generate([prompt], params)[0].token_ids for prompt in PROMPTS]
+        assert together == alone
+    base = build_net(LLAMA, None, seed=3)
+    fill(base, 4.0)
+    assistant = Generator(base.set_train(False), LLAMA, eos_ids=[], pad_id=0)
+    params = SamplingParams(max_new_tokens=20, assistant=assistant)
+    assert [answer.token_ids for answer in generator.generate(PROMPTS, params)] == [
+        uncached(net, prompt, 20) for prompt in PROMPTS
+    ]
+
+
 def test_the_layer_operator_takes_a_prefix(use):
     """Llama's next tokens still go through one operator a layer."""
     use("cpu")
