@@ -10,10 +10,10 @@ from llm_core.config import LoadedConfig, load_config
 from llm_core.config.hf_folder import is_hf_folder
 from llm_core.errors import UserError
 from llm_core.infer.complete import Completer
+from llm_core.infer.prompts import wrapping
 from llm_core.report.console import console
 from llm_core.signals import signals_blocked
 from llm_core.text import Tokenizer, load_tokenizer
-from llm_core.text.chat import PLAIN, chat_format
 
 if TYPE_CHECKING:
     from llm_core.infer.generate import Generator
@@ -88,8 +88,7 @@ def load_completer(loaded: LoadedConfig) -> Completer:
 
     config = loaded.config.model.config
     generator = Generator(net, spec, eos_ids=end_ids(config), pad_id=config.pad_token_id)
-    prompt_format = loaded.config.processor.prompt_format
-    chat = None if prompt_format == PLAIN else chat_format(prompt_format, tokenizer)
+    chat = wrapping(loaded.config.processor, tokenizer)
     return Completer(generator, tokenizer, chat, load_assistant(loaded))
 
 

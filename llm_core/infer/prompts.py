@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llm_core.data.conversations import alpaca_question
 from llm_core.data.inputs import required_text
 from llm_core.errors import UserError
-from llm_core.text.chat import PLAIN
+from llm_core.text import Tokenizer
+from llm_core.text.chat import PLAIN, ChatFormat, chat_format
 from llm_core.text.templates import alpaca_prompt
 
 FILE_SUFFIXES = (".txt", ".json", ".jsonl")
@@ -34,6 +36,12 @@ def read_prompts(values: Sequence[str] | str, format_name: str = PLAIN) -> list[
     if not prompts:
         raise UserError('no prompt: give one or more with --predict_data "Once upon a time", or a file of them')
     return prompts
+
+
+def wrapping(processor: Any, tokenizer: Tokenizer) -> ChatFormat | None:
+    """The chat format that makes messages of prompts under this `processor`; None where they stay as they are."""
+    name = processor.prompt_format
+    return None if name == PLAIN else chat_format(name, tokenizer)
 
 
 def _names_a_file(value: str) -> bool:

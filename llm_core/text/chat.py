@@ -12,6 +12,8 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from llm_core.errors import UserError
 from llm_core.text.chat_base import ChatFormat, Message, Round, pairs_of, part_ids
 from llm_core.text.chat_fastchat import FastchatFormat
@@ -142,14 +144,26 @@ class JinjaFormat(ChatFormat):
 
     def prompt(self, messages: Sequence[Message]) -> list[Part]:
         """See ChatFormat."""
-        return merged(self._pieces(messages, add_generation_prompt=True))
+        return merged(_behind_special(self._pieces(messages, add_generation_prompt=True), self.tokenizer))
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """See ChatFormat."""
+        return without_marks(self.template.render(messages, add_generation_prompt=True))
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """See ChatFormat."""
+        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        pieces = self._pieces(example, add_generation_prompt=False)
+        ends = [p.value for p, learnt in zip(pieces, learnt_flags(pieces), strict=True) if learnt and p.is_special]
+        return tuple(dict.fromkeys(token for ids in ends for token in ids))
 
     def rounds(self, messages: Sequence[Message]) -> list[Round]:
         """See ChatFormat. Learnt: see pieces.learnt_flags."""
         pieces = self._pieces(messages, add_generation_prompt=False)
+        flagged = zip(_behind_special(pieces, self.tokenizer), learnt_flags(pieces), strict=True)
         runs = [
-            (learnt, merged(piece for piece, _ in run))
-            for learnt, run in groupby(zip(pieces, learnt_flags(pieces), strict=True), key=lambda pair: pair[1])
+            (learnt, merged(piece for piece, _ in run)) for learnt, run in groupby(flagged, key=lambda pair: pair[1])
         ]
         rounds: list[Round] = []
         before: list[Part] = []
@@ -174,6 +188,24 @@ class JinjaFormat(ChatFormat):
                 "told from its own; take another template (--chat_template)"
             )
         return pieces
+
+
+def _behind_special(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
+    """Texts behind a special token as ids, where the tokenizer encodes them otherwise than the beginning of a text."""
+    if tokenizer.inner is tokenizer:
+        return pieces
+    done: list[Piece] = []
+    for is_special, run in groupby(pieces, key=lambda piece: piece.is_special):
+        texts = list(run)
+        if not is_special and done:
+            ids, counts = tokenizer.inner.encode_parts([[piece.value for piece in texts]])
+            ends = np.cumsum(counts)
+            texts = [
+                piece._replace(value=ids[end - count : end].tolist())
+                for piece, end, count in zip(texts, ends, counts, strict=True)
+            ]
+        done += texts
+    return done
 
 
 def _internlm_marks(tokenizer: Tokenizer) -> dict[str, list[int]]:

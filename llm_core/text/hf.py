@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -79,6 +80,18 @@ class HfTokenizer(Tokenizer):
             SpecialToken(added[token].content, (token,), added[token].lstrip, added[token].rstrip)
             for token in sorted(self._special_ids)
         ]
+
+    @cached_property
+    def inner(self) -> Tokenizer:
+        """See Tokenizer. Some put a space in front of a text, but not of what follows a special token."""
+        content = json.loads(self._tokenizer.to_str())
+        cut = content.get("pre_tokenizer") or {}
+        first_alone = [step for step in (cut, *cut.get("pretokenizers", ())) if step.get("prepend_scheme") == "first"]
+        if not first_alone:
+            return self
+        for step in first_alone:
+            step["prepend_scheme"] = "never"
+        return HfTokenizer(self.path, json.dumps(content).encode())
 
     def stream(self) -> HfStream:
         """See Tokenizer."""

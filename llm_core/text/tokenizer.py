@@ -88,6 +88,11 @@ class Tokenizer(ABC):
         ids = {token for token in (self.bos_id, self.eos_id, self.pad_id, self.unk_id) if token >= 0}
         return [SpecialToken(self.id_to_piece(token), (token,)) for token in sorted(ids)]
 
+    @property
+    def inner(self) -> Tokenizer:
+        """The tokenizer of a text that stands behind special tokens: this one, unless it treats a beginning apart."""
+        return self
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, on request with bos before or eos after it (where the tokenizer has one)."""
         return self._frame(self.encode_batch([text])[0], bos, eos)

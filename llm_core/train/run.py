@@ -166,7 +166,7 @@ def build(loaded: LoadedConfig) -> Run:
     if eval_loader is not None:
         run.evaluate = _evaluator(net, eval_loader, model)
     if samples is not None:
-        run.sample = _sampler(net, spec, tokenizer, samples, model)
+        run.sample = _sampler(net, spec, tokenizer, samples, config)
     run.on_step = _tensorboard(config, run)
     if config.profile:
         folder = Path(config.output_dir) / "profile"
@@ -267,13 +267,16 @@ def _evaluator(net: Any, loader: Loader, model: Any) -> Callable[[], dict[str, f
     return evaluate
 
 
-def _sampler(net: Any, spec: DecoderSpec, tokenizer: Tokenizer, samples: Any, model: Any) -> Callable[[], None]:
-    """SampleMonitor: continue its prompts greedily, so that one sees the model learn."""
+def _sampler(net: Any, spec: DecoderSpec, tokenizer: Tokenizer, samples: Any, config: Any) -> Callable[[], None]:
+    """SampleMonitor: answer its prompts greedily, as a predict run would, so that one sees the model learn."""
     from llm_core.infer.complete import Completer
     from llm_core.infer.generate import Generator
+    from llm_core.infer.prompts import wrapping
     from llm_core.infer.sampling import SamplingParams
 
-    completer = Completer(Generator(net, spec, eos_ids=end_ids(model), pad_id=model.pad_token_id), tokenizer)
+    model = config.model.config
+    generator = Generator(net, spec, eos_ids=end_ids(model), pad_id=model.pad_token_id)
+    completer = Completer(generator, tokenizer, wrapping(config.processor, tokenizer))
     params = SamplingParams(max_new_tokens=samples.max_new_tokens)
     completer.encode(samples.prompts, params)  # a prompt that is too long is refused now, not at the first sample
 

@@ -268,3 +268,37 @@ def test_a_system_message_is_the_templates(marked_spm):
         assert "Be brief. </s>" in text and "A chat between" not in text
         assert part_ids(chat_format(name, tokenizer).prompt(messages), tokenizer).count(tokenizer.eos_id) == 0
         assert "Be brief" not in chat_format(name, tokenizer).text(TALK[:1])
+
+
+@pytest.mark.parity
+def test_a_space_in_front_of_the_first_text_alone(tmp_path, corpus):
+    """As Mistral's newer tokenizers: a text behind a special token begins as it stands there."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=False))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first", split=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus[:20_000].split("\n"), trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = TRIMMED.replace("trim", "string")
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, "chat_template": template}))
+    oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **names)
+    oracle.chat_template = template
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.inner is not tokenizer
+    written_by = chat_format("tokenizer", tokenizer)
+    talk = [
+        {"role": "user", "content": "What is argparse?"}, {"role": "assistant", "content": "A module."},
+        {"role": "user", "content": " And"}, {"role": "assistant", "content": "No  more"},
+    ]  # fmt: skip
+    assert part_ids(written_by.prompt(talk[:3]), tokenizer) == oracle.apply_chat_template(
+        talk[:3], add_generation_prompt=True
+    )
+    rounds = written_by.rounds(talk)
+    assert flat(rounds, tokenizer)[0] == oracle.apply_chat_template(talk)
+    assert [tokenizer.decode(part_ids(answer, tokenizer)).strip() for _, answer in rounds] == ["A module.", "No  more"]
+    assert written_by.stop_ids == (tokenizer.eos_id,)
+    assert written_by.text(talk[:1]).startswith("<s>[INST] What is argparse?")
