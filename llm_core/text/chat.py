@@ -183,11 +183,16 @@ class JinjaFormat(ChatFormat):
         if without_marks(written) != without_marks(plain) or any(
             isinstance(piece.value, str) and without_marks(piece.value) != piece.value for piece in pieces
         ):
+            if add_generation_prompt and not self._hold_special_tokens(messages):
+                return self._splitter.split(plain)  # whose words are whose matters to training alone
             raise UserError(
                 f"{self.template.source}: the chat template changes the words of a message, so that they cannot be "
                 "told from its own; take another template (--chat_template)"
             )
         return pieces
+
+    def _hold_special_tokens(self, messages: Sequence[Message]) -> bool:
+        return any(token.text in m["content"] for m in messages for token in self.tokenizer.special_tokens)
 
 
 def _behind_special(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:

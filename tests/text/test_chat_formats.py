@@ -231,8 +231,6 @@ def test_templates_are_found_where_hugging_face_puts_them(folder, tokenizer):
         ("{{ ''.__class__.__mro__ }}", "refuses this conversation: access to attribute '__class__'"),
         ("{{ messages.append('x') }}", "refuses this conversation: .*append"),
         ("{% for i in range(10**9) %}x{% endfor %}", "fails on this conversation: OverflowError"),
-        ("{{ messages[0].content | upper | replace('A', 'b') ~ messages | length }}{{ messages[0].content[::-1] }}",
-         "changes the words of a message"),
         (None, "has no chat_template"),
     ],
 )  # fmt: skip
@@ -241,6 +239,28 @@ def test_a_template_that_fails_says_why(folder, template, message):
     with pytest.raises(UserError, match=message) as raised:
         chat_format("tokenizer", load_tokenizer(place)).prompt([{"role": "user", "content": "Hello there"}])
     assert str(place) in str(raised.value)
+
+
+THOUGHTS = (
+    "{% for m in messages %}{% set words = m.content %}{% if m.role == 'assistant' and '</think>' in words %}"
+    "{% set words = words.split('</think>')[-1].lstrip() %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ words }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_leaves_words_out(folder):
+    """As those of models that think aloud: prompts are right, training is refused."""
+    place = folder(THOUGHTS)
+    tokenizer = load_tokenizer(place)
+    written_by = chat_format("tokenizer", tokenizer)
+    talk = [TALK[0], {"role": "assistant", "content": "<think>Hm.</think>\n\nSo."}, TALK[2]]
+    plain = [TALK[0], {"role": "assistant", "content": "So."}, TALK[2]]
+    assert part_ids(written_by.prompt(talk), tokenizer) == part_ids(written_by.prompt(plain), tokenizer)
+    with pytest.raises(UserError, match="changes the words of a message"):
+        written_by.rounds(talk[:2])
+    with pytest.raises(UserError, match="changes the words of a message"):  # its mark could not be told from this one
+        written_by.prompt([{**TALK[0], "content": INJECTION}, *talk[1:]])
 
 
 def test_names_that_are_no_format(tokenizer, tmp_path):
