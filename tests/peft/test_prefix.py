@@ -230,6 +230,19 @@ def test_initial_values_follow_the_adapters_seed():
     assert min(np.abs(each[0] - each[1]).max() for each in keys) > 0.1  # its positions are not all alike
 
 
+def test_products_in_bfloat16_leave_the_prefix_in_float32():
+    from mindspore import Tensor
+
+    logits, keys = [], []
+    for dtype in ("float32", "bfloat16"):
+        net = build_net(replace(LLAMA, compute_dtype=dtype), PREFIX, seed=0)
+        fill(net)
+        logits.append(net(Tensor(data()[0])).asnumpy())
+        keys.append(net.model.prefix(None)[1][0].asnumpy())
+    assert np.array_equal(*keys)
+    assert np.abs(logits[0] - logits[1]).max() < 0.05 * np.abs(logits[0]).max()
+
+
 def test_dropout_is_a_function_of_the_key():
     from mindspore import Tensor
 
@@ -248,6 +261,31 @@ def test_dropout_is_a_function_of_the_key():
     assert np.array_equal(first, values(dropout_key(1, 0)))
     assert not np.array_equal(first, values(dropout_key(1, 1)))
     assert not np.array_equal(first, values(dropout_key(1, 0, micro_batch=1)))
+
+
+def test_a_file_of_mindformers_loads_and_another_prefix_is_named(tmp_path):
+    """Its tensors are float16, and it holds the numbers of the positions beside them."""
+    from safetensors.numpy import save_file
+
+    from llm_core.peft.adapters import load_adapter, read_adapter
+
+    spec = SPECS["internlm"]
+    random = np.random.RandomState(1)
+    shapes = adapter_shapes(spec, PREFIX)
+    values = {name: random.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
+    path = tmp_path / "prefix.safetensors"
+    save_file({**values, "mindpet_delta_prefixtuning_prefix": np.arange(POSITIONS)}, path)
+    net = build_net(spec, PREFIX, seed=0)
+    load_adapter(net, read_adapter(path, spec, PREFIX))
+    for parameter in net.trainable_params():
+        assert np.array_equal(parameter.asnumpy(), values[parameter.name].astype(np.float32))
+    with pytest.raises(UserError, match="names are those of prefix tuning. Add .*pet_config"):
+        read_adapter(path, spec)
+    longer = PREFIX.model_copy(update={"prefix_token_num": POSITIONS + 1})
+    with pytest.raises(UserError, match=r"embedding_table is \[5, 128\], here \[6, 128\]"):
+        read_adapter(path, spec, longer)
+    with pytest.raises(UserError, match="does not fit"):
+        read_adapter(path, LLAMA, PREFIX)  # grouped heads
 
 
 # ---- generation ----
