@@ -277,9 +277,9 @@ class ProcessorSection(Section):
     tokenizer: TokenizerSection = key(TokenizerSection.model_construct(), "The tokenizer.")
     chat_template: str | None = key(
         None,
-        "How `chat` writes a conversation, and how InternLMProcessor wraps prompts: internlm, none (as it is), tokenizer "
-        "(the template in its folder), a path to a Jinja template, or a fastchat template; null = internlm for "
-        "InternLMProcessor, else vicuna_v1.1. (Ours.)",
+        "How `chat` writes a conversation, and how InternLMProcessor wraps prompts: internlm, none (as it is), "
+        "tokenizer (the template in its folder), a path to a Jinja template, or a fastchat template; null = internlm "
+        "for InternLMProcessor, else vicuna_v1.1. (Ours.)",
     )
 
     @property

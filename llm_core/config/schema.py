@@ -67,7 +67,7 @@ class RunConfig(Section):
     )
     input_data: Annotated[list[str] | None, BeforeValidator(_as_list)] = key(None, "As predict_data, which wins.")
     save_file: str | None = key(
-        None, "Write the answers of a predict run to this file as well: NAME.npy = an array of strings, and NAME.npy.json."
+        None, "Write a predict run's answers to this file too: NAME.npy = an array of strings, and NAME.npy.json."
     )
     predict_batch_size: int | None = key(None, "Prompts answered together; null = up to 8.", ge=1)
 
