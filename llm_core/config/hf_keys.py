@@ -61,12 +61,13 @@ FAMILIES: dict[str, HfFamily] = {
         {**_SILU, "mlp_bias": (False,)}, _ROPE,
     ),
     "mistral": HfFamily(
-        "Mistral", "LlamaConfig", _llama_keys(32000, 14336, 131072, 8), {**_CONCEALED, **_NO_BIAS}, _SILU,
+        "Mistral", "LlamaConfig", _llama_keys(32000, 14336, 131072, 8), {**_CONCEALED, **_NO_BIAS},
+        {**_SILU, "attention_bias": (False,)},
         _ROPE | {"sliding_window"},
     ),
     "qwen2": HfFamily(
         "Qwen2", "LlamaConfig", _llama_keys(151936, 22016, 32768, 32),
-        {**_CONCEALED, "has_bias": False, "qkv_has_bias": True}, _SILU,
+        {**_CONCEALED, "has_bias": False, "qkv_has_bias": True}, {**_SILU, "use_mrope": (False,)},
         _ROPE | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"},
     ),
     "internlm": HfFamily(

@@ -273,7 +273,7 @@ def test_rotary_of_internlm() -> None:
          "sliding_window: 4096"),  # HF's default
         ({**QWEN2, "use_sliding_window": True}, "sliding_window: 64"),
         ({**QWEN2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({**MISTRAL, "attention_bias": True}, "attention_bias: not a known key of Mistral"),
+        ({**MISTRAL, "attention_bias": True}, "attention_bias: True is not supported; it must be False"),
         ({**INTERNLM, "rotary": {"base": 1, "type": "linear"}}, "rotary"),
         ({**INTERNLM, "num_key_value_heads": 4}, "num_key_value_heads"),
         ({**INTERNLM2, "head_dim": 16}, "head_dim: not a known key of InternLM2"),
@@ -354,3 +354,72 @@ def test_what_another_family_cannot_say() -> None:
         model_config_to_hf({**ours, "extend_method": "YARN"}, intermediate_size=172, family="internlm2")
     with pytest.raises(UserError, match="--model falcon: the configuration is a LlamaConfig"):
         model_config_to_hf(ours, intermediate_size=172, family="falcon")
+
+
+# What config.json of published models says (names, types and the like left out) -> the number of their parameters.
+PUBLISHED = {
+    "internlm-20b": (
+        {
+            "model_type": "internlm", "architectures": ["InternLMForCausalLM"], "bias": False, "hidden_act": "silu",
+            "hidden_size": 5120, "intermediate_size": 13824, "max_position_embeddings": 4096, "num_hidden_layers": 60,
+            "num_attention_heads": 40, "num_key_value_heads": 40, "pretraining_tp": 1, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False, "vocab_size": 103168, "rotary": {"base": 10000, "type": "dynamic"},
+        },
+        20_088_714_240,
+    ),
+    "internlm2-7b": (
+        {
+            "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, "hidden_size": 4096,
+            "intermediate_size": 14336, "max_position_embeddings": 32768, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0}, "vocab_size": 92544, "attn_implementation": "eager",
+        },
+        7_737_708_544,
+    ),
+    "qwen2-7b": (
+        {
+            "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 131072,
+            "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 131072, "use_sliding_window": False,
+            "use_mrope": False, "tie_word_embeddings": False, "vocab_size": 152064,
+        },
+        7_615_616_512,
+    ),
+    "mistral-7b-v0.3": (
+        {
+            "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "max_position_embeddings": 32768, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768,
+            "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+        },
+        7_248_023_552,
+    ),
+    "yi-6b": (
+        {
+            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "max_position_embeddings": 4096, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 64000,
+            "rms_norm_eps": 1e-5, "rope_theta": 5000000.0, "rope_scaling": None, "tie_word_embeddings": False,
+        },
+        6_061_035_520,
+    ),
+    "falcon-7b": (
+        {
+            "model_type": "falcon", "alibi": False, "apply_residual_connection_post_layernorm": False, "bias": False,
+            "attention_dropout": 0.0, "hidden_dropout": 0.0, "hidden_size": 4544, "layer_norm_epsilon": 1e-5,
+            "multi_query": True, "new_decoder_architecture": False, "num_attention_heads": 71, "parallel_attn": True,
+            "num_hidden_layers": 32, "vocab_size": 65024, "bos_token_id": 11, "eos_token_id": 11,
+        },
+        6_921_720_704,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name: str) -> None:
+    from llm_core.config.model_section import ModelSection
+    from llm_core.models.spec import spec_from_config
+
+    hf, parameters = PUBLISHED[name]
+    ours = hf_config_to_model_config(hf)
+    arch = {"type": f"{ours['type'].removesuffix('Config')}ForCausalLM"}
+    spec = spec_from_config(ModelSection.model_validate({"arch": arch, "model_config": ours}))
+    assert spec.num_parameters == parameters
