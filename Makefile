@@ -1,6 +1,7 @@
 # make demo     set up, then: corpus, tokenizer, pretraining, perplexity, fine-tuning, an answer (10 minutes)
 # make test     set up, then the tests; those that compare with torch run where `make parity` has installed it
 # make parity   torch, transformers and peft into .venv: the oracles of tests and benchmarks
+# make mindformers   MindFormers 1.9.0 into .venv-mindformers, and the tests of the bridge there
 # make bench    every benchmark against its peer; one line a figure at the end
 # make kernels  compile the CPU kernels ahead of their first use, for every instruction set the compiler knows
 # make lint     ruff
@@ -14,7 +15,10 @@ SUPPORTED := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <=
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	if $$p -c '$(SUPPORTED)' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: setup demo test parity bench kernels lint clean
+# MindFormers wants an environment of its own: another MindSpore, and other versions of much else.
+MINDFORMERS_VENV := .venv-mindformers
+
+.PHONY: setup demo test parity mindformers bench kernels lint clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +44,16 @@ test: setup
 
 parity: $(VENV)/.parity
 
+$(MINDFORMERS_VENV)/.ready: setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.12 found; name one: make mindformers PYTHON=..." >&2; exit 1; }
+	@echo "== installing MindFormers 1.9.0 into $(MINDFORMERS_VENV)"
+	@test -x $(MINDFORMERS_VENV)/bin/pip || $(PYTHON) -m venv $(MINDFORMERS_VENV)
+	@$(MINDFORMERS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test,mindformers]'
+	@touch $@
+
+mindformers: $(MINDFORMERS_VENV)/.ready
+	$(MINDFORMERS_VENV)/bin/python -m pytest -q tests/bridge
+
 bench: parity
 	$(BIN)/python benchmarks/run.py
 
@@ -50,5 +64,5 @@ lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) demo_output build dist run_llm.egg-info rank_0 .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MINDFORMERS_VENV) demo_output build dist run_llm.egg-info rank_0 .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

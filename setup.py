@@ -92,5 +92,7 @@ setup(
         "parity": ["torch==2.13.0", "transformers==4.57.1", "peft"],
         "tensorboard": ["tensorboard"],
         "gguf": ["gguf>=0.17"],  # tools/convert_weight.py reads GGUF files with it
+        # in an environment of its own: it wants another MindSpore and other versions of much else (make mindformers)
+        "mindformers": ["mindformers==1.9.0"],
     },
 )
