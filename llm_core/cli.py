@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 class Flag(NamedTuple):
-    """A flag, the keys of the run file that it sets, and its help."""
+    """A flag, the keys of the run file that it sets, its help, and the keys that it sets to null, as they would win."""
 
     name: str
     keys: tuple[str, ...]
     help: str
     metavar: str = "VALUE"
+    unset: tuple[str, ...] = ()
 
     @property
     def is_bool(self) -> bool:
@@ -74,7 +75,10 @@ FLAGS = (
     Flag("--input_dir", ("predict_data",), "a .json, .jsonl or text file of prompts; as --predict_data", "FILE"),
     Flag("--vocab_file", ("processor.tokenizer.vocab_file",), "the tokenizer's file or folder", "PATH"),
     Flag("--seq_length", ("model.model_config.seq_length",), "tokens of a record; the longest context", "N"),
-    Flag("--predict_length", ("model.model_config.max_length",), "longest text, prompt included", "N"),
+    Flag(
+        "--predict_length", ("model.model_config.max_length",), "longest text, prompt included", "N",
+        unset=("model.model_config.max_new_tokens",),
+    ),
     Flag("--dp", ("parallel_config.data_parallel",), "copies of the model (several ranks)", "N"),
     Flag("--mp", ("parallel_config.model_parallel",), "ranks that share every layer (several ranks)", "N"),
     Flag("--pp", ("parallel_config.pipeline_stage",), "pipeline stages (several ranks)", "N"),
@@ -346,9 +350,11 @@ class _Collect(argparse.Action):
     """Adds a flag's keys to the list of overrides."""
 
     _keys = {flag.name: flag.keys for flag in FLAGS} | {"--predict_data": ("predict_data",)}
+    _unset = {flag.name: flag.unset for flag in FLAGS}
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         added = [(key, values, option_string) for key in self._keys[option_string]]
+        added += [(key, "null", option_string) for key in self._unset.get(option_string, ())]
         namespace.overrides = [*namespace.overrides, *added]
 
 

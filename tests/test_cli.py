@@ -119,7 +119,7 @@ def test_every_flag_reaches_a_key(flag: str, file: str) -> None:
     numbers = {spec.name for spec in cli.FLAGS if spec.metavar == "N"}
     value = values.get(flag, "1" if flag in numbers or "BOOL" in str(spec_of(flag).metavar) else "some/path")
     given = overrides(flag, value)
-    assert set(given) == set(spec_of(flag).keys)
+    assert set(given) == {*spec_of(flag).keys, *spec_of(flag).unset}
     loaded = load_config(file, [(key, each, flag) for key, each in given.items()])
     assert all(loaded.origins[key] == flag or key in loaded.inert for key in given)
 
@@ -330,6 +330,8 @@ def test_a_command_of_run_internlm(file: str, tmp_path: Path) -> None:
     assert config.eval_dataset.data_loader.dataset_dir == "b.mindrecord"
     assert config.predict_data == [str(prompts)] and config.processor.tokenizer.vocab_file == "t.model"
     assert (config.model.config.max_length, config.model.config.seq_length) == (512, 1024)
+    demo = load_config("predict_falcon_demo", [*overrides("--predict_length", "9").items()]).config.model.config
+    assert (demo.max_length, demo.max_new_tokens) == (9, None)
     assert (layout.data_parallel, layout.model_parallel, layout.pipeline_stage, layout.micro_batch_num) == (2, 4, 1, 8)
 
 

@@ -67,11 +67,12 @@ def test_left_padding():
 
 
 @pytest.mark.parity
-def test_left_padding_live():
+@pytest.mark.parametrize("name", ["gqa", "biases"])
+def test_left_padding_live(name):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    ours = llama_cases.run("gqa")
+    ours = llama_cases.run(name)
     prompts = data()[0][:, :PROMPT]
     kv_start = np.array([0, 4, 7], np.int32)
-    theirs = hf_greedy(llama_cases.hf_model("gqa"), prompts, kv_start, NEW_TOKENS)
+    theirs = hf_greedy(llama_cases.hf_model(name), prompts, kv_start, NEW_TOKENS)
     np.testing.assert_array_equal(llama_cases.greedy(ours.decoder, prompts, kv_start), theirs)
