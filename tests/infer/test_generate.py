@@ -12,6 +12,7 @@ from llm_core.infer.sampling import SamplingParams
 
 PROMPTS = [[1, 5, 9], [1, *range(40, 70)], [7]]
 GREEDY = SamplingParams(max_new_tokens=64)
+DRAWN = SamplingParams(do_sample=True, max_new_tokens=10)
 
 
 def uncached(net, prompt, count):
@@ -71,6 +72,9 @@ def test_several_sequences_a_prompt_differ(generator):
     answers = generator.generate([PROMPTS[0]], params)
     assert [answer.sequence for answer in answers] == [0, 1, 2]
     assert len({tuple(answer.token_ids) for answer in answers}) == 3
+    together = generator.generate(PROMPTS, params, seed=4)  # the prompts are read once, and their caches copied
+    alone = [generator.generate([prompt], DRAWN, seed=4 + number)[0] for number, prompt in enumerate(PROMPTS)]
+    assert [answer.token_ids for answer in together[::3]] == [answer.token_ids for answer in alone]
 
 
 def test_an_end_token_ends_its_row_only(generator, greedy):
