@@ -116,6 +116,7 @@ def test_help_names_every_flag_and_verb(run) -> None:
 @pytest.mark.parametrize("flag", [flag.name for flag in cli.FLAGS])
 def test_every_flag_reaches_a_key(flag: str, file: str) -> None:
     values = {"--run_mode": "eval", "--device_target": "CPU", "--use_parallel": "false", "--task": "text_generation"}
+    values["--pet_method"] = "lora"
     numbers = {spec.name for spec in cli.FLAGS if spec.metavar == "N"}
     value = values.get(flag, "1" if flag in numbers or "BOOL" in str(spec_of(flag).metavar) else "some/path")
     given = overrides(flag, value)
@@ -319,7 +320,8 @@ def test_a_command_of_run_internlm(file: str, tmp_path: Path) -> None:
     argv = (
         "--task text_generation --run_mode predict --use_parallel false --load_checkpoint w.ckpt --resume false "
         f"--train_dataset a.mindrecord --eval_dataset b.mindrecord --input_dir {prompts} --predict_length 512 "
-        "--seq_length 1024 --vocab_file t.model --dp 2 --mp 4 --pp 1 --micro_batch_num 8"
+        "--seq_length 1024 --vocab_file t.model --dp 2 --mp 4 --pp 1 --micro_batch_num 8 "
+        "--pet_method lora --optimizer_parallel true"
     ).split()
     parser = cli._run_parser("run-llm")
     args, extras = parser.parse_known_args(argv)
@@ -332,6 +334,7 @@ def test_a_command_of_run_internlm(file: str, tmp_path: Path) -> None:
     assert (config.model.config.max_length, config.model.config.seq_length) == (512, 1024)
     demo = load_config("predict_falcon_demo", [*overrides("--predict_length", "9").items()]).config.model.config
     assert (demo.max_length, demo.max_new_tokens) == (9, None)
+    assert config.model.config.pet_config.lora_rank == 8 and config.parallel.enable_parallel_optimizer
     assert (layout.data_parallel, layout.model_parallel, layout.pipeline_stage, layout.micro_batch_num) == (2, 4, 1, 8)
 
 
