@@ -236,6 +236,14 @@ def test_a_bad_csv_is_named_with_its_line(run_script, tmp_path, content, message
     assert not (tmp_path / "o.json").exists()
 
 
+def test_transform_dataset_names_the_flag_of_a_missing_tokenizer(run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_LLM_TOKENIZERS", str(tmp_path))
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    code, _, err = run_script("transform_dataset", "--input", tmp_path / "a.json", "--output", f"{tmp_path}/")
+    assert code == 2
+    assert "--model_file internlm: neither a file nor a tokenizer" in err
+
+
 def test_transform_dataset_refuses_rows_of_another_format(run_script, marked_spm, tmp_path):
     source = tmp_path / "a.json"
     source.write_text(json.dumps([ALPACA[0], {"src": "a", "tgt": "b"}]))

@@ -40,16 +40,22 @@ def main() -> None:
     from llm_core.data.inputs import find_inputs
     from llm_core.data.preprocess import preprocess, report, require_positive
     from llm_core.data.qa import Conversations
+    from llm_core.errors import UserError
+    from llm_core.text.lookup import find_tokenizer_file
 
     require_positive(num_shards=arguments.num_shards, seq_length=arguments.seq_length)
     inputs = find_inputs(arguments.input, "--input")
+    try:
+        tokenizer = find_tokenizer_file(arguments.model_file)
+    except UserError as error:
+        raise UserError(f"--model_file {error}") from None
     data_set = Conversations(
         inputs, arguments.seq_length, arguments.chat_template, "alpaca", arguments.long_rows == "drop"
     )
     output = Path(arguments.output)
     if arguments.output.endswith("/") or output.is_dir():
         output = output / f"{inputs[0].stem}.mindrecord"
-    report(preprocess(data_set, output, arguments.model_file, num_shards=arguments.num_shards,
+    report(preprocess(data_set, output, tokenizer, num_shards=arguments.num_shards,
                       num_workers=arguments.num_workers))
 
 
