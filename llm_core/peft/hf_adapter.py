@@ -134,7 +134,10 @@ def _update(module: str, factors: Mapping[str, np.ndarray], config: Mapping[str,
             f"{path}: {module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG_FILE} says rank "
             f"{rank}"
         )
-    return Update(a, b, scale, factors.get("lora_magnitude_vector"))
+    magnitude = factors.get("lora_magnitude_vector")
+    if magnitude is not None and magnitude.shape != (len(b),):
+        raise UserError(f"{path}: {module}: lora_magnitude_vector is {list(magnitude.shape)}, lora_B {list(b.shape)}")
+    return Update(a, b, scale, magnitude)
 
 
 def _by_our_names(

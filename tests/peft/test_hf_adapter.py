@@ -244,6 +244,15 @@ def test_dora_without_magnitudes_is_named(folder):
         read_adapter(folder, spec_of("linear"))
 
 
+def test_magnitudes_of_another_length_are_named(tmp_path):
+    spec, pet = spec_of("linear"), pet_config(use_dora=True)
+    folder = write_adapter(tmp_path / "a", pet, random_adapter(spec, pet), spec, "base")
+    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector"
+    _change(folder, lambda tensors: tensors.update({name: tensors[name][:-1]}))
+    with pytest.raises(UserError, match=r"k_proj: lora_magnitude_vector is \[15\], lora_B \[16, 3\]"):
+        read_adapter(folder, spec)
+
+
 def test_another_model_is_named(folder):
     with pytest.raises(UserError, match=r"wq is \[32, 32\] there and \[48, 32\] .*it was made for base/of/it"):
         read_adapter(folder, replace(spec_of("linear"), head_dim=12))

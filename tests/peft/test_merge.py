@@ -267,6 +267,10 @@ def test_tools(files, tmp_path):
     done = run("merge_lora", "--adapter_id", ours, "--config", config, "--output_path", tmp_path / "merged.safetensors")
     assert done.returncode == 0, done.stderr
     assert "8 layers merged with scaling 2.33333; logits moved by" in done.stdout + done.stderr
+    done = run("merge_lora", "--adapter_id", folder, "--config", config, "--output_path", tmp_path / "direct.ckpt",
+               "--no_compare")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    direct = read_weights(tmp_path / "direct.ckpt")
     both = tmp_path / "both"
     both.mkdir()
     write(both / "model.ckpt", base_weights(spec))
@@ -279,6 +283,7 @@ def test_tools(files, tmp_path):
     assert [path.name for path in (tmp_path / "dst" / "rank_0").glob("*.ckpt")] == ["checkpoint_0.ckpt"]
     for name, array in merged.items():
         np.testing.assert_array_equal(upstream[name], array)
+        np.testing.assert_array_equal(direct[name], array)
 
     done = run("convert_adapter", "--input_path", ours, "--output_path", tmp_path / "back", "--config", config)
     assert done.returncode == 0, done.stderr
