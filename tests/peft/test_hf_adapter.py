@@ -174,6 +174,28 @@ def test_blocks_of_a_layer_that_was_trained_as_one_are_one(tmp_path):
     assert back["model.layers.0.attention.wk.mindpet_delta_lora_b"].all()
 
 
+def test_internlm2s_fused_projection_is_split(tmp_path):
+    """Rows of wqkv: for each of the two key/value heads its two query heads, its key head, its value head."""
+    spec = replace(spec_of("gqa"), num_layers=1)
+    random = np.random.RandomState(0)
+    start = "base_model.model.model.layers.0.attention"
+    tensors = {f"{start}.{layer}.lora_{x}.weight": random.standard_normal(shape).astype(np.float32)
+               for layer, rows in (("wqkv", 64), ("wo", 32)) for x, shape in (("A", (3, 32)), ("B", (rows, 3)))}
+    heads = {name: head_of(array) for name, array in tensors.items()}
+    with StagedFile(tmp_path / WEIGHTS, 0) as staged:
+        write_tensors(staged, heads, tensors.__getitem__, {"format": "pt"})
+        staged.commit()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6}))
+    pet, adapter = read_adapter(tmp_path, spec)
+    assert lora.scaling(pet) == 2
+    ours, fused = "model.layers.0.attention", tensors[f"{start}.wqkv.lora_B.weight"].reshape(2, 4, 8, 3)
+    rows = {"wq": fused[:, :2].reshape(32, 3), "wk": fused[:, 2].reshape(16, 3), "wv": fused[:, 3].reshape(16, 3)}
+    for part, expected in rows.items():
+        np.testing.assert_array_equal(adapter[f"{ours}.{part}.{lora.LORA_B}"], expected)
+        np.testing.assert_array_equal(adapter[f"{ours}.{part}.{lora.LORA_A}"], tensors[f"{start}.wqkv.lora_A.weight"])
+    np.testing.assert_array_equal(adapter[f"{ours}.wo.{lora.LORA_B}"], tensors[f"{start}.wo.lora_B.weight"])
+
+
 def test_types_of_half_width_are_read(tmp_path):
     spec, pet = spec_of("linear"), pet_config()
     adapter = random_adapter(spec, pet)
