@@ -96,12 +96,21 @@ class Generator:
             highest = max(_ids_in(getattr(params, name)), default=0)
             if highest >= self.spec.vocab_size:
                 raise UserError(f"{name} holds token {highest}; the model's vocabulary has {self.spec.vocab_size}")
-        if params.assistant is self:
+        if params.assistant is not None:
+            self._check_assistant(params.assistant)
+
+    def _check_assistant(self, assistant: Generator) -> None:
+        if assistant is self:
             raise UserError("assistant: it is the model itself; name a smaller one")
-        if params.assistant is not None and params.assistant.spec.vocab_size != self.spec.vocab_size:
+        if assistant.spec.vocab_size != self.spec.vocab_size:
             raise UserError(
-                f"assistant: it has {params.assistant.spec.vocab_size} tokens and the model {self.spec.vocab_size}; an "
+                f"assistant: it has {assistant.spec.vocab_size} tokens and the model {self.spec.vocab_size}; an "
                 "assistant needs the model's own tokenizer"
+            )
+        if self.spec.position == "rope" and self.spec.rope.method == "dynamic_ntk":
+            raise UserError(
+                "assistant: with extend_method DYNAMIC_NTK a token's angles depend on how many are read with it, so "
+                "the answer would change; leave the assistant out"
             )
 
 

@@ -1,5 +1,7 @@
 """Assisted (speculative) generation: the model's own tokens, or its own distribution, whatever is guessed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from generation_cases import ENDS, PROMPTS, SPECS, VOCAB, generator, hf_model, ours, until_end
@@ -8,7 +10,9 @@ from llm_core.errors import UserError
 from llm_core.infer import assisted, batch
 from llm_core.infer.assisted import check_by_chance, check_greedily
 from llm_core.infer.generate import Generator
+from llm_core.infer.sampling import SamplingParams
 from llm_core.infer.scores import random_stream
+from llm_core.models.spec import RopeSpec
 
 GREEDY = {"max_new_tokens": 40}
 
@@ -196,3 +200,7 @@ def test_an_assistant_that_does_not_fit_is_refused(net, spec):
         ours("llama", GREEDY | {"assistant": stranger})
     with pytest.raises(UserError, match="the model itself"):
         ours("llama", GREEDY | {"assistant": generator("llama")})
+    scaled = replace(SPECS["llama"], rope=RopeSpec(method="dynamic_ntk", factor=2.0))
+    model = Generator(generator("llama").net, scaled, eos_ids=[], pad_id=0)
+    with pytest.raises(UserError, match="DYNAMIC_NTK"):
+        model.generate(PROMPTS, SamplingParams(max_new_tokens=4, assistant=generator("small")))
