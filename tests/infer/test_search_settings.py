@@ -105,9 +105,7 @@ def test_forced_words_are_texts(model):
 def test_stop_strings_cut_what_beams_have_found(model):
     [whole] = model.generate("one", num_beams=3, max_new_tokens=16)
     stop = whole[4:7]
-    [[found]] = model.completer.complete(
-        ["one"], SamplingParams(num_beams=3, max_new_tokens=16, stop_strings=(stop,))
-    )
+    [[found]] = model.completer.complete(["one"], SamplingParams(num_beams=3, max_new_tokens=16, stop_strings=(stop,)))
     assert found.text == whole[: whole.index(stop)] and found.finish_reason == "stop"
 
 
