@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from llm_core.config import load_config
 from llm_core.data.records import RecordFile, RecordWriter
@@ -188,3 +188,41 @@ def test_a_prompt_without_room_names_its_record(folder, generator, spm_model):
     questions = read_questions(RecordFile(folder / "questions.mindrecord"), tokenizer, pad_token_id=0)
     with pytest.raises(UserError, match="record 0: .*max_new_tokens 60"):
         answer_questions(generator, tokenizer, questions, SamplingParams(max_new_tokens=60), seed=0, batch_size=2)
+
+
+def test_an_adapter_is_measured_with_its_base(folder, tmp_path, spm_model):
+    """Perplexity, EM/F1 and the choices of base and adapter are those of the merged weights."""
+    base = load_file(folder / "model.safetensors")
+    random = np.random.default_rng(4)
+    adapter, merged = {}, dict(base)
+    for name in ("wq", "wv"):
+        layer = f"model.layers.0.attention.{name}"
+        a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 16), (16, 2)))
+        adapter |= {f"{layer}.mindpet_delta_lora_a": a, f"{layer}.mindpet_delta_lora_b": b}
+        merged[f"{layer}.weight"] = base[f"{layer}.weight"] + 4 / 2 * b @ a
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    save_file(merged, tmp_path / "merged.safetensors")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "anatomy_dev.csv").write_text("".join(f"{n}?,1,2,3,4,{'ABCD'[n % 4]}\n" for n in range(6)))
+    choice = f"{{type: ChoiceMetric, path: {tmp_path}, split: dev}}"
+    common = {
+        "eval_dataset.data_loader.dataset_dir": str(folder / "questions.mindrecord"),
+        "metric": f"[{{type: PerplexityMetric}}, {{type: EmF1Metric}}, {choice}]",
+        "processor.tokenizer.vocab_file": str(spm_model), "model.model_config.max_position_embedding": "128",
+    }  # fmt: skip
+    pet = "{pet_type: lora, lora_rank: 2, lora_alpha: 4, target_modules: 'wq|wv'}"
+    runs = {
+        "base": {},
+        "adapter": {"adapter_id": str(tmp_path / "adapter.safetensors"), "model.model_config.pet_config": pet},
+        "merged": {"load_checkpoint": str(tmp_path / "merged.safetensors")},
+    }
+    results, scores = {}, {}
+    for name, given in runs.items():
+        assert evaluate(load(folder, tmp_path / name, **common, **given)) == 0
+        results[name] = json.loads((tmp_path / name / "eval_result.json").read_text())
+        lines = (tmp_path / name / "choice_predictions.jsonl").read_text().splitlines()
+        scores[name] = np.array([list(json.loads(line)["scores"].values()) for line in lines])
+    losses = {name: result["PerplexityMetric"]["loss"] for name, result in results.items()}
+    assert losses["adapter"] == pytest.approx(losses["merged"], rel=1e-5) and losses["base"] != losses["merged"]
+    assert results["adapter"]["EmF1Metric"] == results["merged"]["EmF1Metric"]
+    assert np.abs(scores["adapter"] - scores["merged"]).max() < 1e-4 < np.abs(scores["base"] - scores["merged"]).max()
