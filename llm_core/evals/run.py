@@ -48,6 +48,8 @@ def evaluate(loaded: LoadedConfig) -> int:
         "load_checkpoint": config.load_checkpoint,
         "eval_dataset": "" if config.eval_dataset is None else config.eval_dataset.data_loader.dataset_dir,
     }
+    if config.adapter_id:
+        result["adapter_id"] = config.adapter_id
     if "PerplexityMetric" in metrics:
         result["PerplexityMetric"] = _perplexity(config, net, loader)
     if "ClassificationMetric" in metrics:

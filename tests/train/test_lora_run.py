@@ -17,8 +17,10 @@ from llm_core.checkpoint.files import read_heads
 from llm_core.checkpoint.manifest import read_manifest
 from llm_core.checkpoint.weights import read_weights
 from llm_core.config import load_config
+from llm_core.config.model_section import LoraConfig
 from llm_core.errors import UserError
 from llm_core.infer.load import load_for_inference
+from llm_core.peft.hf_adapter import write_adapter
 from llm_core.report.metrics import read_metrics
 from llm_core.train.check import check
 from llm_core.train.loop import Run, fit
@@ -260,10 +262,14 @@ def test_several_adapters_beside_one_base_by_path_and_by_name(lora_config, tmp_p
         file = next((folder / "adapters" / name / "checkpoint/rank_0").glob("*1_12.safetensors"))
         for given_id in (name, str(folder / "adapters" / name), str(file)):
             assert_same(values(loaded_net(predict, ("adapter_id", given_id))), values(net))
+    pet = LoraConfig(**LORA)
+    first = {n: v for n, v in values(found["first"]).items() if "mindpet_delta" in n}
+    write_adapter(folder / "adapters" / "peft", pet, first, _spec(), "tiny")
+    assert_same(values(loaded_net(predict, ("adapter_id", "peft"))), values(found["first"]))
     expected = logits(found["second"])
     np.testing.assert_array_equal(logits(loaded_net(predict, ("adapter_id", "second"))), expected)
     assert abs(logits(loaded_net(predict)) - expected).max() > 1e-2
-    with pytest.raises(UserError, match="adapter_id: third: no such file .*adapters, which holds first, second"):
+    with pytest.raises(UserError, match="adapter_id: third: no such file .*adapters, which holds first, peft, second"):
         loaded_net(predict, ("adapter_id", "third"))
 
 
@@ -320,7 +326,9 @@ def test_evaluation_and_samples_have_the_adapter_on(lora_config, records, tmp_pa
             [("run_mode", "eval"), out, *given],
         )
         assert evaluate(loaded) == 0
-        results[name] = json.loads((tmp_path / name / "eval_result.json").read_text())["PerplexityMetric"]["loss"]
+        result = json.loads((tmp_path / name / "eval_result.json").read_text())
+        assert result.get("adapter_id") == dict(given).get("adapter_id")
+        results[name] = result["PerplexityMetric"]["loss"]
     assert results["adapter"] == pytest.approx(measured, rel=1e-6)
     assert results["base"] > measured + 0.05
 
