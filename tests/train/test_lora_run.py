@@ -301,6 +301,10 @@ def test_an_adapter_is_a_start(lora_config, tmp_path):
         if "adam" not in name:
             np.testing.assert_array_equal(value, saved[name])
     assert fit(run_of(lora_config(output_dir=str(tmp_path / "two"), runner_config__stop_step=3), start)) == 0
+    # going on, the checkpoint says what was trained, and the start does not matter any more
+    without = lora_config(output_dir=str(tmp_path / "two"), model__model_config__pet_config=None)
+    for given in ((start,), ()):
+        assert run_of(without, *given, ("resume_training", "True")).cursor.step == 3
 
 
 def test_evaluation_and_samples_have_the_adapter_on(lora_config, records, tmp_path):
