@@ -83,6 +83,9 @@ def adapter_for_inference(loaded: LoadedConfig, spec: DecoderSpec) -> Adapter | 
 
 def load_completer(loaded: LoadedConfig) -> Completer:
     """As `load_for_inference`, wrapped for generating text; InternLMProcessor writes prompts as a chat."""
+    arch = loaded.config.model.arch.type
+    if not arch.endswith("ForCausalLM"):
+        raise UserError(f"{loaded.path}: {arch}: a classifier writes no text; --run_mode eval measures it")
     net, spec, tokenizer = load_for_inference(loaded)
     from llm_core.infer.generate import Generator
 

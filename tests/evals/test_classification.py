@@ -18,6 +18,7 @@ from llm_core.data.records import RecordFile, RecordWriter
 from llm_core.errors import UserError
 from llm_core.evals.classification import Classification, summarize
 from llm_core.evals.run import evaluate
+from llm_core.infer.load import load_completer
 from llm_core.models.heads import build_model
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.report.metrics import read_metrics
@@ -224,6 +225,8 @@ def test_data_that_is_no_classifiers(folder, tmp_path, change, message):
 def test_a_classifier_writes_no_text(folder, tmp_path):
     with pytest.raises(UserError, match="a classifier writes no text; --run_mode eval measures it"):
         load(folder, tmp_path / "out", ("run_mode", "predict"), ("predict_data", "Hello")).require_runnable()
+    with pytest.raises(UserError, match="a classifier writes no text"):
+        load_completer(load(folder, tmp_path / "out"))
 
 
 SHRUNKEN = {
