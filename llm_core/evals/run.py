@@ -28,7 +28,7 @@ def evaluate(loaded: LoadedConfig) -> int:
     """
     config = loaded.config
     metrics = {metric.type: metric for metric in config.metric}
-    _require_fitting_head(loaded, metrics)
+    _require_measurable(loaded, metrics)
     if not config.load_checkpoint:
         raise UserError(
             f"{loaded.path}: load_checkpoint is not set, and random weights measure nothing: name a file, a "
@@ -66,7 +66,13 @@ def evaluate(loaded: LoadedConfig) -> int:
     return 0
 
 
-def _require_fitting_head(loaded: LoadedConfig, metrics: dict[str, Any]) -> None:
+def _require_measurable(loaded: LoadedConfig, metrics: dict[str, Any]) -> None:
+    """UserError for a metric that the model's head has not, and for two benchmarks at once."""
+    if sum(metric.type == "ChoiceMetric" for metric in loaded.config.metric) > 1:
+        raise UserError(
+            f"{loaded.path}: metric: ChoiceMetric stands there more than once, and a run asks one benchmark: start a run "
+            "for each, with an --output_dir of its own"
+        )
     arch = loaded.config.model.arch.type
     fitting = {name for name in metrics if (name == "ClassificationMetric") != arch.endswith("ForCausalLM")}
     if fitting != metrics.keys():

@@ -303,3 +303,9 @@ def test_written_answers_are_asked_for_as_predict_does(folder, spm_model, monkey
     net = CausalLM(spec_from_config(config.model), seed=1)
     ChoiceWriter(config, net, tokenizer).answers(["Who?\nAnswer:"])
     assert tokenizer.decode(seen[0]).startswith("<|User|>:Who?") and "<|Bot|>:" in tokenizer.decode(seen[0])
+
+
+def test_a_run_asks_one_benchmark(folder):
+    two = "[{type: ChoiceMetric, path: x}, {type: ChoiceMetric, path: y}]"
+    with pytest.raises(UserError, match="ChoiceMetric stands there more than once"):
+        evaluate(load_config(folder / "run.yaml", [("metric", two)]))
