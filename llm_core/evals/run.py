@@ -70,8 +70,8 @@ def _require_measurable(loaded: LoadedConfig, metrics: dict[str, Any]) -> None:
     """UserError for a metric that the model's head has not, and for two benchmarks at once."""
     if sum(metric.type == "ChoiceMetric" for metric in loaded.config.metric) > 1:
         raise UserError(
-            f"{loaded.path}: metric: ChoiceMetric stands there more than once, and a run asks one benchmark: start a run "
-            "for each, with an --output_dir of its own"
+            f"{loaded.path}: metric: ChoiceMetric stands there more than once, and a run asks one benchmark: start "
+            "a run for each, with an --output_dir of its own"
         )
     arch = loaded.config.model.arch.type
     fitting = {name for name in metrics if (name == "ClassificationMetric") != arch.endswith("ForCausalLM")}
