@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,35 @@ def test_evaluation_and_samples_have_the_adapter_on(lora_config, records, tmp_pa
         results[name] = result["PerplexityMetric"]["loss"]
     assert results["adapter"] == pytest.approx(measured, rel=1e-6)
     assert results["base"] > measured + 0.05
+
+
+def test_a_sample_of_the_training_is_what_predict_answers(lora_config, tmp_path, spm_model, capsys):
+    from safetensors.numpy import save_file
+
+    from llm_core.infer.load import load_completer
+    from llm_core.infer.sampling import SamplingParams
+    from llm_core.peft.apply import build_net
+
+    net = build_net(replace(_spec(), vocab_size=512), None, seed=9)
+    save_file({name: p.asnumpy() for name, p in net.parameters_dict().items()}, tmp_path / "base.safetensors")
+    config = lora_config(
+        load_checkpoint=str(tmp_path / "base.safetensors"),
+        model__model_config__vocab_size=512,
+        processor={"tokenizer": {"vocab_file": str(spm_model)}},
+        callbacks=[{"type": "SampleMonitor", "prompts": ["one two"], "sample_steps": 8, "max_new_tokens": 5},
+                   {"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 8}],
+        runner_config__stop_step=8,
+    )  # fmt: skip
+    assert fit(run_of(config)) == 0
+    sampled = capsys.readouterr()
+    answers = {}
+    for name, more in (("adapter", [("adapter_id", str(tmp_path / "out"))]), ("base", [])):
+        given = [("run_mode", "predict"), *more, *([] if more else [("model.model_config.pet_config", "null")])]
+        completer = load_completer(load_config(config, given))
+        ((answer,),) = completer.complete(["one two"], SamplingParams(max_new_tokens=5))
+        answers[name] = answer.text
+    assert f"sample: 'one two' -> {answers['adapter']!r}" in sampled.out + sampled.err
+    assert answers["base"] != answers["adapter"]
 
 
 # ---- bad input
