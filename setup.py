@@ -62,7 +62,7 @@ class BdistWheel(bdist_wheel):
 setup(
     name="run_llm",
     version="0.1.0",
-    description="Train, fine-tune, evaluate and run Llama 2 and Falcon (next: InternLM) on MindSpore",
+    description="Train, fine-tune, evaluate and run Llama 2, Falcon and InternLM on MindSpore",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
