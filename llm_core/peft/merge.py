@@ -126,9 +126,7 @@ class _Merged(_Tensors):
         return f"{weight.removesuffix('.weight')}.{kind}"
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name in self.whole:
-            return np.asarray(self._adapter[name], np.float32)
-        weight = self._base[name]
+        weight = np.asarray(self._adapter[name], np.float32) if name in self.whole else self._base[name]
         if name not in self._changed:
             return weight
         a, b = (np.asarray(self._adapter[self._factor(name, kind)], np.float32) for kind in (LORA_A, LORA_B))

@@ -112,6 +112,19 @@ def test_a_norm_that_was_trained_as_well_takes_the_bases_place():
         merge_lora(base_weights(spec), tensors, adapter.pet)
 
 
+def test_a_weight_that_was_trained_beside_its_update_keeps_both(tmp_path):
+    """As freeze_exclude has it: W of the adapter, and its own factors on top."""
+    spec, name = spec_of("linear"), "model.layers.0.attention.wv"
+    adapter = made(spec, freeze_exclude=["*attention.wv.weight"])
+    trained = 1.5 * base_weights(spec)[f"{name}.weight"]
+    adapter = replace(adapter, tensors=adapter.tensors | {f"{name}.weight": trained})
+    a, b = (adapter.tensors[f"{name}.mindpet_delta_lora_{x}"] for x in "ab")
+    merged = merge_lora(base_weights(spec), adapter.tensors, adapter.pet)[f"{name}.weight"]
+    np.testing.assert_allclose(merged, trained + 7 / 3 * b @ a, rtol=1e-5, atol=1e-6)
+    base = write(tmp_path / "base.safetensors", base_weights(spec))
+    assert merge_files(spec, base, adapter, tmp_path / "merged.safetensors").drift < 5e-6
+
+
 def test_a_classifiers_head_comes_along(tmp_path):
     spec = replace(spec_of("linear"), head="sequence", num_labels=3)
     adapter = made(spec)
