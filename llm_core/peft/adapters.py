@@ -22,6 +22,7 @@ from llm_core.checkpoint.manifest import verified_version
 from llm_core.checkpoint.state_names import without_state
 from llm_core.checkpoint.weights import LoadReport, WeightFiles, load_into, open_weights
 from llm_core.errors import UserError
+from llm_core.models.shapes import parameter_shapes
 from llm_core.peft import lora
 from llm_core.peft.apply import ADAPTER_MARK, adapter_shapes, is_adapter_name, is_trainable
 
@@ -128,7 +129,7 @@ def read_adapter(path: str | Path, spec: DecoderSpec, wanted: Any = None) -> Ada
             weights.close()
     if wanted is not None and made is not None:
         _require_same_kind(wanted, made, path)
-    _require_fit(tensors, adapter_shapes(spec, wanted or made), wanted or made, path)
+    _require_fit(tensors, spec, wanted or made, path)
     return Adapter(path, wanted or made, tensors, facts.get("base", ""), facts.get("base_fingerprint", ""))
 
 
@@ -193,13 +194,16 @@ def _require_same_kind(wanted: Any, made: Any, path: Path) -> None:
         )
 
 
-def _require_fit(
-    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], pet: Any, path: Path
-) -> None:
-    """UserError unless the adapter's names and shapes are those that the model has for it."""
-    found = {name: tensor.shape for name, tensor in tensors.items() if is_adapter_name(name)}
-    missing, unexpected = [n for n in shapes if n not in found], [n for n in found if n not in shapes]
-    wrong = [f"{n} is {list(found[n])}, here {list(shapes[n])}" for n in shapes if n in found and found[n] != shapes[n]]
+def _require_fit(tensors: Mapping[str, np.ndarray], spec: DecoderSpec, pet: Any, path: Path) -> None:
+    """UserError unless the adapter's names and shapes are those that the model has, and none of its own is missing."""
+    own = adapter_shapes(spec, pet)
+    shapes = {**parameter_shapes(spec), **own}
+    missing, unexpected = [n for n in own if n not in tensors], [n for n in tensors if n not in shapes]
+    wrong = [
+        f"{name} is {list(tensor.shape)}, here {list(shapes[name])}"
+        for name, tensor in tensors.items()
+        if name in shapes and tensor.shape != shapes[name]
+    ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}" + (" ..." if len(names) > _SHOWN else "")
         for what, names in (("of another shape", wrong), ("missing", missing), ("that this model lacks", unexpected))

@@ -116,6 +116,26 @@ def test_what_is_trained():
     assert not is_trainable("lm_head.weight", SPEC, lora())
 
 
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        ({"head": "sequence", "num_labels": 2}, r"of another shape: score\.weight is \[3, 32\], here \[2, 32\]"),
+        ({"head": "sequence", "num_labels": 3}, r"1 that this model lacks: score\.bias"),
+    ],
+)
+def test_a_head_of_another_shape_or_kind_does_not_fit(tmp_path, head, says):
+    from llm_core.peft.adapters import read_adapter
+    from llm_core.peft.hf_adapter import write_our_file
+
+    pet, trained = lora(target_modules="wq"), replace(SPEC, head="token", num_labels=3)
+    shapes = adapter_shapes(trained, pet) | {"score.weight": (3, 32), "score.bias": (3,)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    path = write_our_file(tmp_path / "adapter.safetensors", pet, tensors, "")
+    assert set(read_adapter(path, trained).tensors) == set(shapes)
+    with pytest.raises(UserError, match=f"adapter.safetensors: does not fit .*{says}"):
+        read_adapter(path, replace(SPEC, **head))
+
+
 # ---- the network
 
 
