@@ -203,6 +203,14 @@ def test_half_width_is_merged_wide_and_written_narrow(files, tmp_path):
     np.testing.assert_allclose(read_weights(wide.path)[name], rounded + 7 / 3 * b @ a, rtol=1e-5, atol=1e-6)
 
 
+def test_logits_are_compared_in_float32(files, tmp_path):
+    """Whatever types the run and its pet_config have: bfloat16 products would be another model's."""
+    spec, base, adapter = files
+    narrow = replace(adapter, pet=pet_config(compute_dtype="bfloat16"))
+    merge = merge_files(replace(spec, compute_dtype="bfloat16"), base, narrow, tmp_path / "merged.safetensors")
+    assert 0 < merge.drift < 1e-6
+
+
 def test_drift_is_refused_and_nothing_written(files, tmp_path, monkeypatch):
     from llm_core.peft import merge as module
 
