@@ -148,9 +148,12 @@ def _map_model(config: RunConfig, tree: Node) -> tuple[object, list[str]]:
 
 
 def _notes_on_factors(pet: Any) -> list[str]:
-    """Types that pet_config gives to an adapter: its factors are float32, and products are bfloat16 or float32."""
-    wanted = {"param_init_type": ("float16", "bfloat16"), "compute_dtype": ("float16",)}
-    names = [name for name, narrow in wanted.items() if getattr(pet, name, None) in narrow]
+    """Types that pet_config gives to an adapter: its factors are float32, and products as the kernels have them."""
+    if pet is None:
+        return []
+    narrow = ("float16", "bfloat16")
+    wanted = {"param_init_type": narrow, "compute_dtype": narrow[:1] if _has_bf16_products() else narrow}
+    names = [name for name, types in wanted.items() if getattr(pet, name, None) in types]
     return [f"model.model_config.pet_config {', '.join(names)}: -> float32 on a CPU"] if names else []
 
 

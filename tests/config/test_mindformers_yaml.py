@@ -85,6 +85,18 @@ def test_bfloat16_products_stay_where_the_kernels_have_them(tmp_path: Path, monk
     assert not any("compute_dtype" in note for note in loaded.notes)
 
 
+@pytest.mark.parametrize(("kernels", "noted"), [("plain", 1), ("avx512_bf16", 0)])
+def test_an_adapters_bfloat16_products_are_noted_where_there_are_none(tmp_path, monkeypatch, kernels, noted) -> None:
+    monkeypatch.setenv("KERNELS", kernels)
+    text = (
+        "context: {device_target: CPU}\nmodel:\n  arch: {type: LlamaForCausalLM}\n"
+        "  model_config: {type: LlamaConfig, compute_dtype: float32,\n"
+        "    pet_config: {pet_type: lora, lora_rank: 3, compute_dtype: bfloat16}}\n"
+    )
+    notes = [note for note in load(tmp_path, text).notes if "pet_config compute_dtype: -> float32 on a CPU" in note]
+    assert len(notes) == noted
+
+
 def test_a_plain_cpu_file_has_no_mapping_notes(tmp_path: Path) -> None:
     text = (
         "context: {device_target: CPU}\nmodel:\n  arch: {type: LlamaForCausalLM}\n"
