@@ -24,7 +24,7 @@ from llm_core.checkpoint.weights import LoadReport, WeightFiles, load_into, open
 from llm_core.errors import UserError
 from llm_core.models.shapes import parameter_shapes
 from llm_core.peft import lora
-from llm_core.peft.apply import ADAPTER_MARK, adapter_shapes, is_adapter_name, is_trainable
+from llm_core.peft.apply import ADAPTER_MARK, adapter_shapes, is_adapter_name, is_saved
 
 if TYPE_CHECKING:
     from mindspore import nn
@@ -123,7 +123,7 @@ def read_adapter(path: str | Path, spec: DecoderSpec, wanted: Any = None) -> Ada
                     f"{path}: it does not say how this adapter was made (it has no manifest of a run): "
                     f"{_looks(weights)}. Add model.model_config.pet_config with its pet_type and values"
                 )
-            names = [name for name in without_state(weights) if is_trainable(name, spec, pet)]
+            names = [name for name in without_state(weights) if is_saved(name, spec, pet)]
             tensors = {name: np.asarray(weights[name], np.float32) for name in names}
         finally:
             weights.close()

@@ -81,6 +81,11 @@ def is_trainable(name: str, spec: DecoderSpec, pet: Any) -> bool:
     return learns
 
 
+def is_saved(name: str, spec: DecoderSpec, pet: Any) -> bool:
+    """Whether an adapter's checkpoint holds the parameter `name`: what learns, and factors that freeze_include froze."""
+    return is_adapter_name(name) or is_trainable(name, spec, pet)
+
+
 def parameter_counts(spec: DecoderSpec, pet: Any) -> tuple[int, int, int]:
     """How many values learn, and how many the base and the adapter have: (trainable, base, adapter)."""
     from llm_core.models.shapes import parameter_shapes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from llm_core.data.open import open_loader
 from llm_core.infer.load import end_ids, load_fitting_tokenizer
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.peft.adapters import Adapter, open_adapter
-from llm_core.peft.apply import describe_parameters, parameter_counts
+from llm_core.peft.apply import describe_parameters, is_saved, parameter_counts
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 from llm_core.report.metrics import MetricsLog
@@ -126,8 +126,8 @@ def build(loaded: LoadedConfig) -> Run:
         f"data: {loader.num_records} records, {steps_per_epoch} steps an epoch, {epochs} epochs"
     )
 
-    # With an adapter the base does not change: its checkpoints hold what is trained alone.
-    saved = net.parameters_dict() if pet is None else {parameter.name: parameter for parameter in parameters}
+    # With an adapter the base does not change: its checkpoints hold the adapter and what else is trained.
+    saved = {name: p for name, p in net.parameters_dict().items() if pet is None or is_saved(name, spec, pet)}
     every = {**saved, **{state.name: state for state in optimizer.states}}
     if resumed is not None:
         require_same_tensors(every, resumed.tensors)
@@ -155,7 +155,7 @@ def build(loaded: LoadedConfig) -> Run:
         load=lambda tensors: _set_all(every, tensors),
         settings=settings,
         adapter=None if pet is None else adapter_state(pet, config.load_checkpoint, base_fingerprint(net)),
-        trainable=_saved_alone(config, parameters),
+        trainable=_saved_alone(config, parameters if pet is None else saved.values()),
         timeline=Timeline(keep=bool(config.profile)),
     )
     if resumed is not None:
@@ -224,7 +224,7 @@ def _build_net(
     return net
 
 
-def _saved_alone(config: RunConfig, parameters: list[Any]) -> frozenset[str] | None:
+def _saved_alone(config: RunConfig, parameters: Iterable[Any]) -> frozenset[str] | None:
     """Names of the weights that CheckpointMonitor.save_trainable_params writes to checkpoint_trainable."""
     checkpoints = config.callback("CheckpointMonitor")
     if checkpoints is None or not checkpoints.save_trainable_params:

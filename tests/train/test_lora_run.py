@@ -167,6 +167,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(lora_config, tmp_path, accumulat
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+def test_frozen_factors_are_saved_and_come_back(lora_config, tmp_path):
+    """freeze_include: an adapter is whole in its checkpoint, whatever of it learns."""
+    pet = LORA | {"freeze_include": ["*.wq.*"], "lora_b_init": "normal"}
+    monitor = {"type": "CheckpointMonitor", "prefix": "tiny", "save_checkpoint_steps": 2, "save_trainable_params": True}
+    config = lora_config(model__model_config__pet_config=pet, callbacks=[monitor])
+    run = run_of(config, ("runner_config.stop_step", "2"))
+    start = {name: value for name, value in values(net_of(run)).items() if ".wq.mindpet" in name}
+    assert fit(run) == 0 and len(start) == 2
+    expected = values(net_of(run))
+    assert_same(start, {name: expected[name] for name in start})
+    alone = next((tmp_path / "out/checkpoint_trainable/rank_0").glob("*1_2.safetensors"))
+    for given in (tmp_path / "out", alone):
+        assert_same(values(loaded_net(config, ("adapter_id", str(given)))), expected)
+    again = run_of(config, ("resume_training", "True"))
+    assert again.cursor.step == 2 and start.keys() <= state(again).keys()
+    assert_same(values(net_of(again)), expected)
+    assert not any("wq" in name for name in state(again) if name.startswith("adam"))
+
+
 def test_accumulation_is_one_sum_over_the_window(lora_config, tmp_path):
     results = []
     for batch_size, accumulation in ((2, 6), (12, 1)):
