@@ -27,7 +27,10 @@ def _parser() -> argparse.ArgumentParser:
         "says, and only if the logits stay the same.",
         allow_abbrev=False,
     )
-    parser.add_argument("--load_checkpoint", help="the base: whatever run_llm.py takes (default: the config's)")
+    parser.add_argument(
+        "--load_checkpoint",
+        help="the base: whatever run_llm.py takes (default: what the adapter was trained on, else the config's)",
+    )
     parser.add_argument(
         "--adapter_id",
         help="the adapter: a run's output folder, a checkpoint, a Hugging Face PEFT folder, or a name in adapters/ "
@@ -87,13 +90,16 @@ def merge(flags: argparse.Namespace) -> str:
 
     base = flags.load_checkpoint or flags.src_ckpt_path_or_dir
     facts = run_facts(flags.config, (flags.adapter_id, base))
-    base = base or facts.load_checkpoint
-    if not base:
-        raise UserError("--load_checkpoint: name the base model's weights")
+    beside = base or facts.load_checkpoint
     adapter_id = flags.adapter_id or facts.adapter_id
-    source = adapters.find_adapter(adapter_id, base) if adapter_id else Path(base)
+    if not adapter_id and not beside:
+        raise UserError("--adapter_id: name the adapter, or with --load_checkpoint what holds base and adapter")
+    source = adapters.find_adapter(adapter_id, beside) if adapter_id else Path(beside)
     wanted = facts.pet if flags.config else None
     adapter = adapters.read_adapter(source, facts.spec, wanted)
+    base = base or (adapter.base if adapter_id else "") or facts.load_checkpoint
+    if not base:
+        raise UserError(f"--load_checkpoint: {source} does not say what it was trained on; name its base's weights")
     console.info(adapter.line())
     if adapter.pet.pet_type != "lora":
         raise UserError(f"{source}: only LoRA can be merged; {adapter.pet.pet_type} has no weights of the base's shape")

@@ -312,6 +312,21 @@ def test_tools(files, tmp_path):
     assert said == json.loads((folder / "adapter_config.json").read_text())
 
 
+def test_the_base_is_the_one_that_the_adapter_was_trained_on(files, tmp_path):
+    """Not the one that the configuration names, which a later run into the same folder may have written."""
+    _, base, adapter = files
+    ours = write_our_file(tmp_path / "ours.safetensors", adapter.pet, adapter.tensors, str(base))
+    (tmp_path / "run.yaml").write_text(CONFIG.format(base=tmp_path / "another.safetensors"))
+    merged = tmp_path / "merged.safetensors"
+    done = run("merge_lora", "--adapter_id", ours, "--config", tmp_path / "run.yaml", "--output_path", merged,
+               "--no_compare")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    nameless = write_our_file(tmp_path / "nameless.safetensors", adapter.pet, adapter.tensors, "")
+    done = run("merge_lora", "--adapter_id", nameless, "--config", tmp_path / "run.yaml", "--output_path", merged,
+               "--no_compare")  # fmt: skip
+    assert done.returncode == 2 and "another.safetensors: no such file" in done.stderr
+
+
 def test_tools_say_what_is_wrong(files, tmp_path):
     spec, base, adapter = files
     ours = write_our_file(tmp_path / "ours.safetensors", adapter.pet, adapter.tensors, "")
