@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ def run_facts(config: str | None, places: Iterable[str | None]) -> RunFacts:
     """The facts that `config` holds: a run file, a Hugging Face folder or its config.json.
 
     config None: the first of `places` (paths of checkpoints and adapters) that is a Hugging Face folder or belongs to a
-    run of ours, whose folder keeps the run's configuration. Raises UserError when there is none, and for a bad one.
+    run of ours, whose folder keeps its configuration (of several runs there, the last one's). Raises UserError when
+    there is none, and for a bad one.
     """
     if config is not None:
         return _read(Path(config))
@@ -57,10 +59,17 @@ def _record_of(place: Path) -> Path | None:
             return folder
     path = place.absolute()
     for folder in (path, *(part.parent for part in (path, *path.parents) if part.name in _CHECKPOINTS)):
-        record = folder / "run" / "config.yaml"
-        if record.is_file():
-            return record
+        records = {_number(record): record for record in (folder / "run").glob("config*.yaml")}
+        records.pop(0, None)
+        if records:
+            return records[max(records)]
     return None
+
+
+def _number(record: Path) -> int:
+    """Which run's into its folder it is: config.yaml the first's, config-2.yaml the second's; 0 = none's."""
+    match = re.fullmatch(r"config(?:-(\d+))?", record.stem)
+    return 0 if match is None else int(match[1] or 1)
 
 
 def _read(path: Path) -> RunFacts:
@@ -68,13 +77,24 @@ def _read(path: Path) -> RunFacts:
         path = path.parent
     if path.is_dir():
         source = str(path / "config.json")
-        values = hf_folder.hf_config_to_model_config(hf_folder.read_hf_config(path), source)
+        values = hf_folder.hf_config_to_model_config(hf_folder.read_hf_config(path), source, seq_length=1)
         return RunFacts(path, spec_from_config(_model_section(values)))
     from llm_core.config import load_config
 
-    run = load_config(path).config
+    run = load_config(path, _own_length(path)).config
     pet = run.model.config.pet_config
     return RunFacts(path, spec_from_config(run.model), run, pet, run.load_checkpoint or "", run.adapter_id or "")
+
+
+def _own_length(path: Path) -> list[tuple[str, int]]:
+    """The run file's seq_length as the override that kept its run within the base's window; a record has it always."""
+    from llm_core.config import catalog
+    from llm_core.config.tree import Problems, find
+    from llm_core.config.yaml_source import read_yaml
+
+    key = "model.model_config.seq_length"
+    node = find(read_yaml(catalog.resolve(str(path)), 0, Problems()), key)
+    return [(key, node.value)] if node is not None and type(node.value) is int else []
 
 
 def _model_section(values: dict[str, Any]) -> Any:

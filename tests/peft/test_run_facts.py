@@ -54,6 +54,14 @@ def test_a_run_keeps_its_configuration(output, place):
     assert facts.config.context.device_target == "CPU"
 
 
+def test_the_last_run_of_a_folder_counts(output):
+    for number in (2, 9, 10):
+        text = RUN.replace("lora_rank: 3", f"lora_rank: {number}")
+        (output / "run" / f"config-{number}.yaml").write_text(text)
+    (output / "run" / "config-old.yaml").write_text("no run's")
+    assert run_facts(None, [str(output)]).pet.lora_rank == 10
+
+
 @pytest.mark.parametrize("place", ["", "model.safetensors"])
 def test_a_hugging_face_folder_has_its_config(hf, output, place):
     facts = run_facts(None, [str(hf / place), str(output)])
@@ -64,6 +72,20 @@ def test_a_hugging_face_folder_has_its_config(hf, output, place):
 def test_what_is_named_wins(hf, output, place):
     assert run_facts(str(hf / place), [str(output)]).spec.vocab_size == 50
     assert run_facts(str(output / "run" / "config.yaml"), [str(hf)]).spec.vocab_size == 48
+
+
+def test_a_base_with_a_sliding_window(hf, output):
+    """Weights have no length; and what a run's flag said of its own is in its record."""
+    mistral = {"model_type": "mistral", "sliding_window": 16, "num_key_value_heads": 2}
+    (hf / "config.json").write_text(json.dumps(HF | mistral))
+    assert run_facts(None, [str(hf)]).spec.num_kv_heads == 2
+    record = output / "run" / "config.yaml"
+    record.write_text(RUN.replace("the/base", str(hf)))
+    facts = run_facts(None, [str(output)])
+    assert (facts.spec.num_kv_heads, facts.spec.max_position) == (2, 16)
+    record.write_text(record.read_text().replace("seq_length: 16", "seq_length: 17"))
+    with pytest.raises(UserError, match="not supported for a context of 17"):
+        run_facts(None, [str(output)])
 
 
 def test_where_nothing_says_it_the_way_out_is_named(tmp_path):
