@@ -73,6 +73,11 @@ class CheckpointStore:
         self._cleaned = False
         self._verified: dict[Path, tuple[tuple[int, int], Version]] = {}
 
+    @property
+    def folders(self) -> tuple[Path, Path, Path]:
+        """Every folder that saving may write into, and delete from."""
+        return self.folder, self._network_folder, self._trainable_folder
+
     # ---- saving
 
     def begin(self) -> int:
@@ -139,7 +144,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a killed run left: temporary files, and manifests whose file is gone or never came."""
-        for folder in (self.folder, self._network_folder, self._trainable_folder):
+        for folder in self.folders:
             if folder.is_dir():
                 remove_stale(folder)
                 for manifest in folder.glob(f"*{MANIFEST_SUFFIX}"):
@@ -157,7 +162,7 @@ class CheckpointStore:
             keep.update({version.saved_at // window: path for path, version in newest_first}.values())
         for path, _ in newest_first:
             if path not in keep:
-                for folder in (self.folder, self._network_folder, self._trainable_folder):
+                for folder in self.folders:
                     (folder / path.name).unlink(missing_ok=True)
                     manifest_path(folder / path.name).unlink(missing_ok=True)
 

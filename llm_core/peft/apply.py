@@ -82,7 +82,7 @@ def is_trainable(name: str, spec: DecoderSpec, pet: Any) -> bool:
 
 
 def is_saved(name: str, spec: DecoderSpec, pet: Any) -> bool:
-    """Whether an adapter's checkpoint holds the parameter `name`: what learns, and factors that freeze_include froze."""
+    """Whether an adapter's checkpoint holds the parameter `name`: what learns, and factors that are frozen."""
     return is_adapter_name(name) or is_trainable(name, spec, pet)
 
 

@@ -31,7 +31,7 @@ from llm_core.peft.adapters import Adapter, base_alone, holds_adapter, open_adap
 from llm_core.peft.apply import describe_parameters, parameter_counts
 from llm_core.report.console import console, paint
 from llm_core.text import Tokenizer, load_tokenizer
-from llm_core.train.resume import store_of
+from llm_core.train.resume import require_base_elsewhere, store_of
 
 _SAMPLED_RECORDS = 1000
 _SHOWN_TOKENS = 256  # of the first record
@@ -61,7 +61,7 @@ def check(loaded: LoadedConfig) -> int:
     if training and config.resume_training is True:
         table.look("resume", lambda: _resume_point(config))
     if config.load_checkpoint and spec:
-        table.look("weights", lambda: _weights(config.load_checkpoint, spec))
+        table.look("weights", lambda: _weights(config, spec, trains_adapter=training and pet is not None))
     elif config.run_mode in ("eval", "predict"):
         table.problem("weights", f"{loaded.path}: load_checkpoint is not set; name the weights with --load_checkpoint")
     return table.end()
@@ -312,8 +312,11 @@ def _names_adapter(config: RunConfig) -> bool:
         return False
 
 
-def _weights(path: str, spec: DecoderSpec) -> str:
-    """Names and shapes of the file against the model's, from the file's heads."""
+def _weights(config: RunConfig, spec: DecoderSpec, trains_adapter: bool) -> str:
+    """Names and shapes of the file against the model's, from the file's heads; an adapter's base is not in its way."""
+    path = config.load_checkpoint
+    if trains_adapter and not (config.resume_training and store_of(config).latest()):
+        require_base_elsewhere(config, store_of(config))
     weights = open_weights(path)
     try:
         report = compare(base_alone(weights, path), parameter_shapes(spec))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llm_core.checkpoint.locate import weight_files
 from llm_core.checkpoint.store import CheckpointStore
 from llm_core.config import RunConfig
 from llm_core.errors import UserError
@@ -138,6 +139,19 @@ def pet_of_run(config: RunConfig, resumed: ResumePoint | None, adapter: Adapter 
             f"resume_training: {resumed.path} holds an adapter alone; name its base: --load_checkpoint {saved['base']}"
         )
     return wanted or pet_from_dict(saved["pet_config"])
+
+
+def require_base_elsewhere(config: RunConfig, store: CheckpointStore) -> None:
+    """UserError where a new run's checkpoints would take the place of the base that its adapter needs."""
+    if not config.load_checkpoint:
+        return
+    folders = [folder.resolve() for folder in store.folders]
+    for file in weight_files(config.load_checkpoint):
+        if file.resolve().parent in folders:
+            raise UserError(
+                f"output_dir: {config.output_dir}: {file}, the base that load_checkpoint names, lies where this run "
+                "saves the adapter's checkpoints, which would replace it: give another --output_dir"
+            )
 
 
 def require_same_base(resumed: ResumePoint, adapter: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from llm_core.train.loss_scale import build_loss_scale
 from llm_core.train.resume import (
     ResumePoint,
     pet_of_run,
+    require_base_elsewhere,
     require_same_base,
     require_same_run,
     require_same_tensors,
@@ -98,6 +99,8 @@ def build(loaded: LoadedConfig) -> Run:
     pet = pet_of_run(config, resumed, adapter)
     if pet is not None:
         settings |= {f"pet_config.{name}": value for name, value in pet.model_dump().items()}
+        if resumed is None:
+            require_base_elsewhere(config, store)
     if resumed is not None:
         require_same_run(resumed.state["settings"], settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -387,6 +388,21 @@ def test_a_sample_of_the_training_is_what_predict_answers(lora_config, tmp_path,
 
 
 # ---- bad input
+
+
+def test_a_run_never_takes_the_place_of_its_base(write_config, lora_config, tmp_path, capsys):
+    """output_dir left as it was when the base was trained."""
+    assert fit(run_of(write_config(runner_config__stop_step=2))) == 0
+    folder = tmp_path / "out/checkpoint/rank_0"
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for given in (tmp_path / "out", folder / "tiny_rank_0-1_1.safetensors"):
+        config = lora_config(load_checkpoint=str(given))
+        with pytest.raises(UserError, match=r"output_dir: .*out: .*1_\d\.safetensors.* give another --output_dir"):
+            run_of(config)
+        assert check(load_config(config)) == 2
+        assert re.search(r"PROBLEM +weights +output_dir: .*give another --output_dir", capsys.readouterr().out)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert run_of(config, ("output_dir", str(tmp_path / "lora"))).cursor.step == 0
 
 
 @pytest.mark.parametrize(
