@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm_core.errors import UserError
 from llm_core.infer.batch import CachedBatch
 from llm_core.infer.request import Request
 from llm_core.infer.scores import Text, pick, random_stream, softmax
@@ -18,13 +17,6 @@ from llm_core.infer.scores import Text, pick, random_stream, softmax
 
 def assisted_search(request: Request) -> None:
     """Fill the answers, one a prompt."""
-    longest = request.params.assistant.spec.max_position
-    for prompt in request.prompts:
-        if len(prompt) >= longest:
-            raise UserError(
-                f"assistant: the prompt has {len(prompt)} tokens and the assistant's context is {longest}: shorten the "
-                "prompt, or leave the assistant out"
-            )
     for row in range(len(request.answers)):
         if request.unfinished([row]):
             _answer(request, row)
@@ -68,8 +60,10 @@ class _Assistant:
         self.text = text
         self.random = random
         self.longest = generator.spec.max_position
-        self.batch = CachedBatch(generator.decoders, [text.tokens], limit, request.pad_id)
-        self.batch.read_prompts()
+        self.batch = None
+        if len(text.tokens) < self.longest:  # a longer prompt is answered without its help
+            self.batch = CachedBatch(generator.decoders, [text.tokens], limit, request.pad_id)
+            self.batch.read_prompts()
 
     def guess(self, count: int) -> tuple[list[int], np.ndarray]:
         """Up to `count` tokens, and the probabilities [guesses, V] that each was drawn from (greedily: chosen by)."""
@@ -91,7 +85,8 @@ class _Assistant:
 
     def forget(self, written: int) -> None:
         """Of the answer only the first `written` tokens are as they have been read."""
-        self.batch.position = min(self.batch.position, self.batch.columns + written)
+        if self.batch is not None:
+            self.batch.position = min(self.batch.position, self.batch.columns + written)
 
 
 def check_greedily(scores: np.ndarray, guesses: Sequence[int]) -> list[int]:

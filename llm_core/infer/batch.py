@@ -14,6 +14,7 @@ count from a row's first real token.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ PREFILL_COLUMNS = (16, 32, 64, 128, 256)
 SMALLEST_CACHE = 64
 FIRST_CACHE = 512
 ROOM_BEHIND_PROMPT = 256
+KEPT_CACHES = 2  # of the prompts, and of all their beams or of the longer answers
 
 
 @dataclass
@@ -79,14 +81,15 @@ class _StepDecoder(CachedDecoder):
 class Decoders:
     """A model's cached decoders, made when they are first needed, and the cells that work on their caches.
 
-    There is one cache for each shape, and one decoder of it for each output; all share the model's weights.
+    There is one cache for each shape, and one decoder of it for each output; all share the model's weights. What has
+    been used lately is kept for the next batch, as far as `trim` lets it.
     """
 
     def __init__(self, net: CausalLM, spec: DecoderSpec) -> None:
         self.net = net
         self.spec = spec
         self.timing = Timing()
-        self.caches: dict[Shape, CachedDecoder] = {}
+        self.caches: dict[Shape, CachedDecoder] = {}  # the one used last at the end
         self._compiled: dict[tuple, Compiled] = {}
         self._met: set[tuple] = set()  # what has been called: its graph is there
         self._weights = [(name, tuple(weight.shape), str(weight.dtype)) for name, weight in net.parameters_and_names()]
@@ -95,6 +98,7 @@ class Decoders:
         self, shape: Shape, tokens: np.ndarray, start: int, kv_start: ms.Tensor, output: CacheOutput, alive: int = 0
     ) -> Read:
         """Read int [B, S] from column `start` on. `alive`: unfinished rows, for the timing."""
+        self._cache(shape)
         decoder = self._cell((output, shape), lambda: self._decoder(shape, output), output=output)
         started = time.perf_counter()
         column = ms.Tensor(np.ascontiguousarray(tokens, np.int32))
@@ -133,11 +137,25 @@ class Decoders:
             grown[:, : old.length] = source.asnumpy().reshape(-1, old.length, dim)
             target.set_data(ms.Tensor(grown.reshape(target.shape)))
 
+    def trim(self) -> None:
+        """Between two batches: let go of the caches used longest ago, until all are no larger than the weights.
+
+        The last KEPT_CACHES stay in any case: the next batch is most likely of the same lengths.
+        """
+        spec = self.spec
+        column = 2 * spec.num_layers * spec.kv_size  # values of a row's column
+        weights = sum(math.prod(shape) for _, shape, _ in self._weights)
+        while len(self.caches) > KEPT_CACHES and weights < column * sum(math.prod(shape) for shape in self.caches):
+            oldest = next(iter(self.caches))
+            del self.caches[oldest]
+            self._compiled = {name: cell for name, cell in self._compiled.items() if oldest not in name}
+            self._met = {call for call in self._met if oldest not in call}
+
     def _cache(self, shape: Shape) -> CachedDecoder:
         """The decoder that owns the cache of a shape."""
-        if shape not in self.caches:
-            self.caches[shape] = _StepDecoder(self.net, *shape)
-        return self.caches[shape]
+        cache = self.caches.pop(shape) if shape in self.caches else _StepDecoder(self.net, *shape)
+        self.caches[shape] = cache
+        return cache
 
     def _decoder(self, shape: Shape, output: CacheOutput) -> CachedDecoder:
         cache = self._cache(shape)
@@ -159,10 +177,13 @@ class CachedBatch:
 
     def __init__(self, decoders: Decoders, prompts: Sequence[Sequence[int]], new_tokens: int, pad_id: int) -> None:
         """`new_tokens`: the most columns that will be read behind the prompts."""
+        decoders.trim()
         self.decoders = decoders
         self.prompts = prompts
         self.pad_id = pad_id
         self.columns, self.piece = prompt_columns(max(len(prompt) for prompt in prompts))
+        if decoders.spec.position == "rope" and decoders.spec.rope.method == "dynamic_ntk":
+            self.piece = self.columns  # the angles of a whole prompt depend on its length
         self.position = self.columns
         self.needed = self.columns + new_tokens
         first = min(self.needed, max(FIRST_CACHE, self.columns + ROOM_BEHIND_PROMPT))

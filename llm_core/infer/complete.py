@@ -47,7 +47,6 @@ class Completer:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.assistant = assistant
-        self._eos_ids = generator.eos_ids
 
     def encode(self, prompts: Sequence[str], params: SamplingParams) -> list[list[int]]:
         """The prompts' ids; UserError names the first prompt that leaves no room for its answer."""
@@ -88,7 +87,7 @@ class Completer:
         """
         ids = self.encode(prompts, params)
         prompts = [self.shown(prompt) for prompt in prompts]
-        batch_size = batch_size or min(DEFAULT_BATCH, len(prompts))
+        batch_size = batch_size or min(DEFAULT_BATCH, len(prompts)) or 1
         for first in range(0, len(prompts), batch_size):
             if interrupted is not None and interrupted():
                 return
@@ -123,7 +122,6 @@ class Completer:
         chat_format = chat_format or self.chat_format
         stop_ids = frozenset(chat_format.stop_ids if chat_format else ())
         stop_strings = (*params.stop_strings, *(chat_format.stop_strings if chat_format else ()))
-        self.generator.eos_ids = self._eos_ids | stop_ids
         per_prompt = params.num_return_sequences
         streams = [TextStream(self.tokenizer, row, stop_strings) for row in ids for _ in range(per_prompt)]
 
@@ -136,7 +134,9 @@ class Completer:
             return streams[row].stopped
 
         rows = batch_size * per_prompt
-        answers = self.generator.generate(ids, params, seed, take, rows=rows, interrupted=interrupted)
+        answers = self.generator.generate(
+            ids, params, seed, take, rows=rows, interrupted=interrupted, stop_ids=stop_ids
+        )
         for row, stream in enumerate(streams):
             rest = stream.finish()
             if row == 0 and rest and on_text is not None:

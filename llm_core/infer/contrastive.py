@@ -18,7 +18,8 @@ from llm_core.infer.scores import softmax
 
 def contrastive_search(request: Request) -> None:
     """Fill the answers, one a prompt."""
-    count, alpha = request.params.top_k, np.float32(request.params.penalty_alpha)
+    count = min(request.params.top_k, request.decoders.spec.vocab_size)
+    alpha = np.float32(request.params.penalty_alpha)
     batch = request.batch(more=0)
     read = batch.read_prompts("hidden")
     batch.spread(count)

@@ -45,6 +45,7 @@ class Generator:
         *,
         rows: int = 0,
         interrupted: Callable[[], bool] | None = None,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> list[Generation]:
         """Answer `prompts` (ids, not empty) in one batch; num_return_sequences answers each, in the prompts' order.
 
@@ -52,7 +53,8 @@ class Generator:
         token, rows numbered like the result; returning True ends that row. A search with beams calls it when it is
         over, and True cuts the answer. rows: run at least that many rows (idle ones added), so that the short last
         batch of many uses the graphs of the others. interrupted() is asked before every step; True ends the
-        generation. Raises UserError for an empty or too long prompt.
+        generation. stop_ids: end an answer in this call, beside the model's own eos_ids. Raises UserError for an empty
+        or too long prompt.
         """
         answers = [
             Generation(list(prompt), seed + number, sequence)
@@ -66,7 +68,7 @@ class Generator:
         request = Request(
             decoders=self.decoders,
             params=params,
-            eos_ids=frozenset(self.eos_ids),
+            eos_ids=frozenset(self.eos_ids) | stop_ids,
             pad_id=self.pad_id,
             prompts=[list(prompt) for prompt in prompts],
             answers=answers,

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def load_for_inference(
-    loaded: LoadedConfig, *, need_tokenizer: bool = True
+    loaded: LoadedConfig, *, need_tokenizer: bool = True, start: bool = True
 ) -> tuple[CausalLM, DecoderSpec, Tokenizer | None]:
     """Start MindSpore, build the model of `model`, load load_checkpoint and the adapter into it, and the tokenizer.
 
     Raises UserError if there is no checkpoint, and if it, the adapter or the tokenizer is not there or does not fit.
     The tokenizer is looked at first: that takes a moment, the weights may take minutes. need_tokenizer=False: None
-    where processor.tokenizer.vocab_file is not set.
+    where processor.tokenizer.vocab_file is not set. start=False: MindSpore is set up, for another model, and stays so.
     """
     from llm_core import runtime
     from llm_core.models.spec import spec_from_config
@@ -46,8 +46,9 @@ def load_for_inference(
     if need_tokenizer or config.processor.tokenizer.vocab_file:
         tokenizer = load_fitting_tokenizer(loaded, spec)
     adapter = adapter_for_inference(loaded, spec)
-    with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
-        runtime.start(config)
+    if start:
+        with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
+            runtime.start(config)
 
     from llm_core.models.decoder import describe_operators
     from llm_core.peft.adapters import load_adapter, load_base
@@ -109,7 +110,7 @@ def load_assistant(loaded: LoadedConfig) -> Generator | None:
             small = load_config(loaded.path, list(own.items()))
         else:
             small = load_config(name)
-        net, spec, _ = load_for_inference(small, need_tokenizer=False)
+        net, spec, _ = load_for_inference(small, need_tokenizer=False, start=False)
     except UserError as error:
         raise UserError(f"model.model_config.assistant {name}: {error}") from None
     from llm_core.infer.generate import Generator

@@ -113,6 +113,10 @@ class SamplingParams:
                 "diversity_penalty above 0, for instance 1.0",
             ),
             (
+                self.diversity_penalty and self.num_beam_groups == 1,
+                f"diversity_penalty {self.diversity_penalty} is between groups of beams; set num_beam_groups above 1",
+            ),
+            (
                 self.num_beam_groups > 1 and sampled,
                 f"num_beam_groups {self.num_beam_groups}: diverse beam search does not sample; set do_sample False",
             ),

@@ -58,10 +58,11 @@ class ScoreChain:
         self.fewest_kept = max(2, 1 + len(self.eos_ids)) if params.num_beams > 1 else 1
 
     def __call__(self, scores: np.ndarray, texts: Sequence[Text]) -> np.ndarray:
-        """UserError for logits that are not numbers, and for a prefix_allowed_tokens_fn that allows nothing."""
+        """UserError for logits that are not numbers, and where a text is left without any token."""
         if np.isnan(scores).any():
             raise UserError("the logits are not numbers (NaN): the weights are damaged or from a run that diverged")
         scores = self._forbid(self._penalize(scores, texts), texts)
+        self._require_a_token(scores, texts)
         params = self.params
         if params.greedy:
             return scores
@@ -72,6 +73,17 @@ class ScoreChain:
         if params.top_p < 1.0:
             scores = keep_top_p(scores, params.top_p, self.fewest_kept)
         return scores
+
+    def _require_a_token(self, scores: np.ndarray, texts: Sequence[Text]) -> None:
+        """UserError where nothing is allowed. A beam may end there: other beams of its prompt go on."""
+        if self.params.num_beams > 1:
+            return
+        for row, text in zip(scores, texts, strict=True):
+            if row.max() == NEVER:
+                raise UserError(
+                    f"every token is forbidden behind {text.tokens[-8:]} (prompt {text.prompt}): together min_length, "
+                    "min_new_tokens, bad_words_ids, no_repeat_ngram_size and prefix_allowed_tokens_fn leave none"
+                )
 
     def _penalize(self, scores: np.ndarray, texts: Sequence[Text]) -> np.ndarray:
         if self.params.repetition_penalty == 1.0:

@@ -194,6 +194,14 @@ def test_an_interruption_keeps_what_was_written():
     assert answers[1].token_ids == answers[2].token_ids == []
 
 
+def test_a_prompt_beyond_the_assistants_context_is_answered_without_it():
+    short = generator("small")
+    short = Generator(short.net, replace(short.spec, max_position=len(PROMPTS[0])), eos_ids=[], pad_id=0)
+    plain = ours("llama", GREEDY)
+    answers = ours("llama", GREEDY | {"assistant": short})
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in plain]
+
+
 def test_an_assistant_that_does_not_fit_is_refused(net, spec):
     stranger = Generator(net, spec, eos_ids=[], pad_id=0)  # 512 tokens
     with pytest.raises(UserError, match="512 tokens"):

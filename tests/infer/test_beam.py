@@ -178,6 +178,7 @@ def test_an_interruption_keeps_the_best_text_so_far():
         ({"num_beams": 2, "num_return_sequences": 3}, "no more answers than beams"),
         ({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1.0}, "no multiple"),
         ({"num_beams": 4, "num_beam_groups": 2}, "diversity_penalty 0"),
+        ({"num_beams": 4, "diversity_penalty": 1.0}, "num_beam_groups above 1"),
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "do_sample": True}, "does not sample"),
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "early_stopping": "sometimes"}, "never"),

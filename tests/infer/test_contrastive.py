@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from generation_cases import ENDS, FAMILIES, GOLDEN_CASES, PROMPTS, compare_golden, generator, ours
+from generation_cases import ENDS, FAMILIES, GOLDEN_CASES, PROMPTS, VOCAB, compare_golden, generator, ours
 
 from llm_core.infer import batch
 from llm_core.infer.scores import softmax
@@ -61,6 +61,14 @@ def test_neighbours_change_nothing_and_tokens_come_as_they_are_chosen():
     seen = []
     [alone] = ours("llama", SETTINGS, prompts=PROMPTS[2:], on_tokens=lambda row, token: seen.append(token))
     assert alone.token_ids == together[2].token_ids == seen
+
+
+def test_more_candidates_than_tokens_are_all_tokens():
+    every = {"max_new_tokens": 3, "penalty_alpha": 0.6}
+    beyond = ours("llama", every | {"top_k": 10 * VOCAB}, prompts=PROMPTS[:1])
+    assert [a.token_ids for a in beyond] == [
+        a.token_ids for a in ours("llama", every | {"top_k": VOCAB}, prompts=PROMPTS[:1])
+    ]
 
 
 def test_no_penalty_is_greedy_search():

@@ -1,5 +1,7 @@
 """The generator against the plain model: cached, padded, bucketed and batched must change no token."""
 
+from dataclasses import replace
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -50,6 +52,20 @@ def test_a_growing_cache_changes_nothing(net, spec, greedy, monkeypatch):
     answers = growing.generate(PROMPTS, GREEDY)
     assert sorted(shape.length for shape in growing.decoders.caches) == [64, 96]
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in greedy]
+
+
+def test_caches_that_are_larger_than_the_weights_are_let_go(net, spec, greedy, monkeypatch):
+    monkeypatch.setattr(batch, "KEPT_CACHES", 1)
+    monkeypatch.setattr(batch, "SMALLEST_CACHE", 1024)
+    monkeypatch.setattr(batch, "cache_length", lambda wanted, needed: 1024)
+    generator = Generator(net, replace(spec, max_position=4096), eos_ids=[], pad_id=0)
+    params = SamplingParams(max_new_tokens=5)
+    for rows in (1, 24, 2):
+        answers = generator.generate([PROMPTS[1]] * rows, params)
+        assert [answer.token_ids for answer in answers] == [greedy[1].token_ids[:5]] * rows
+    assert [shape.batch for shape in generator.decoders.caches] == [24, 2]  # 1: too much beside 24
+    generator.generate([PROMPTS[1]], params)
+    assert [shape.batch for shape in generator.decoders.caches] == [2, 1]
 
 
 def test_a_prompt_read_in_pieces_changes_nothing(net, spec, greedy, monkeypatch):

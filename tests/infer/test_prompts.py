@@ -22,6 +22,8 @@ def test_files_stand_for_the_prompts_in_them(tmp_path):
     names = [str(tmp_path / name) for name in ("a.txt", "b.json", "c.jsonl", "plain")]
     expected = ["Ich heiße", "  two ", "one\ntwo", "three", "four", "five", "six"]
     assert read_prompts([*names, "seven"]) == [*expected, "seven"]
+    (tmp_path / "d.jsonl").write_text('"a\u2028b"\r\n"c\u2029d\x85e"\r\n', encoding="utf-8", newline="")
+    assert read_prompts(str(tmp_path / "d.jsonl")) == ["a\u2028b", "c\u2029d\x85e"]
 
 
 @pytest.mark.parametrize(

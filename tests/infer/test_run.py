@@ -170,7 +170,8 @@ def test_internlm_processor_wraps_prompts_and_answers_are_saved(run_file, marked
     assert ids[0] == 1 and ids.count(known["<eoh>"]) == 1
     [[completion]] = wrapped.completer.complete(["Hi"], wrapped.params)
     assert completion.prompt.startswith("<s><|User|>:Hi<eoh>")
-    assert known["<eoa>"] in wrapped.completer.generator.eos_ids
+    assert known["<eoa>"] in wrapped.completer.chat_format.stop_ids
+    assert wrapped.generate([]) == []
     plain = api.load(run_file, **tokenizer, **{"processor.chat_template": "none"})
     assert plain.completer.encode(["Hi"], plain.params)[0] == [1, *plain.completer.tokenizer.encode("Hi")]
 
@@ -198,4 +199,5 @@ def test_an_answer_ends_at_the_formats_mark(generator, tokenizer):
     format.stop_ids = (free.token_ids[0],)
     [[ended]] = Completer(generator, tokenizer, format).complete(["Hello"], params)
     assert (ended.text, ended.finish_reason, ended.token_ids) == ("", "eos", free.token_ids[:1])
-    generator.eos_ids = frozenset()
+    [[again]] = Completer(generator, tokenizer).complete(["Hello"], params)
+    assert again.token_ids == free.token_ids  # the mark was one call's

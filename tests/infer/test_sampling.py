@@ -19,6 +19,14 @@ from llm_core.infer.scores import (
 NEVER = -np.inf
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_text_that_nothing_may_follow_is_an_error(do_sample):
+    """Only the end is allowed, and it is too early for the end."""
+    params = SamplingParams(do_sample=do_sample, min_new_tokens=3, prefix_allowed_tokens_fn=lambda number, ids: [2])
+    with pytest.raises(UserError, match="every token is forbidden behind"):
+        sampler_for([[0, 1]], params, eos_ids=[2]).choose(np.zeros((1, 4), np.float32), [0])
+
+
 def sampler_for(prompts, params, eos_ids=(), seed=0, streams=None):
     texts = [Text(list(map(int, prompt)), len(prompt), number) for number, prompt in enumerate(prompts)]
     return Sampler(texts, ScoreChain(params, eos_ids), streams or [(seed + row, 0) for row in range(len(prompts))])
