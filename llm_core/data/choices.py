@@ -28,14 +28,27 @@ class ChoiceQuestion:
 
 
 def read_choice_folder(folder: Path) -> dict[str, list[ChoiceQuestion]]:
-    """The questions of all CSV files in `folder`, by subject. UserError if there is none."""
+    """The questions of all CSV files in `folder`, by subject. UserError for two files of one subject."""
+    by_subject: dict[str, Path] = {}
+    for file in choice_files(folder):
+        other = by_subject.setdefault(subject_of(file), file)
+        if other is not file:
+            raise UserError(
+                f"{file}: of the same subject as {other.name}; put the files into folders dev/, val/ and test/, one of "
+                "a subject in each"
+            )
+    return {subject: read_choice_file(file) for subject, file in by_subject.items()}
+
+
+def choice_files(folder: Path) -> list[Path]:
+    """The CSV files in `folder`. UserError if there is none."""
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise UserError(
             f"{folder}: no .csv file there; give the folder of MMLU's or CMMLU's files, or the one that holds dev/, "
             "val/ and test/"
         )
-    return {subject_of(file): read_choice_file(file) for file in files}
+    return files
 
 
 def subject_of(file: Path) -> str:
@@ -58,6 +71,8 @@ def read_choice_file(path: Path) -> list[ChoiceQuestion]:
             line = reader.line_num + 1  # a quoted cell may hold several lines
     except csv.Error as error:
         raise UserError(f"{path}:{line}: no CSV: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: nothing but empty cells; give a file with a question a row")
     columns, rows = _columns(path, rows)
     if not rows:
         raise UserError(f"{path}: a header and no question")

@@ -133,7 +133,10 @@ class ChoiceWriter:
         self._chat = None if name == PLAIN else chat_format(name, tokenizer)
         ends = [*end_ids(model), *(self._chat.stop_ids if self._chat else ())]
         self._generator = Generator(net, net.spec, eos_ids=ends, pad_id=model.pad_token_id)
-        self._params = SamplingParams(max_new_tokens=model.max_new_tokens or NEW_TOKENS)
+        self._params = SamplingParams(
+            max_new_tokens=model.max_new_tokens or NEW_TOKENS,
+            stop_strings=self._chat.stop_strings if self._chat else (),
+        )
         self.room = self._params.max_new_tokens + len(self._ids("A"))
         """Positions that an answer and what a chat puts round a prompt need."""
 

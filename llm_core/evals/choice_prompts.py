@@ -24,8 +24,9 @@ from llm_core.data.choices import LETTERS, ChoiceQuestion, read_choice_folder
 from llm_core.errors import UserError
 from llm_core.evals.subjects import CHINESE_NAMES
 
-# A letter by itself; "A" before a small letter is the article ("A cat"), except in "A is right"
-_LETTER = re.compile(r"(?<![A-Za-z0-9])(?:A(?! (?!is\b)[a-z])|[BCD])(?![A-Za-z0-9])")
+# A letter by itself; "A" before a small letter is the article ("A cat"), except before a word no article stands before
+_NO_NOUN = r"(?:is|was|because|since|as|and|or|but)\b"
+_LETTER = re.compile(rf"(?<![A-Za-z0-9])(?:A(?! (?!{_NO_NOUN})[a-z])|[BCD])(?![A-Za-z0-9])")
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,22 @@ def _read_examples(
     folder: Path, shots: int, questions: dict[str, list[ChoiceQuestion]]
 ) -> dict[str, list[ChoiceQuestion]]:
     examples = read_choice_folder(folder) if folder.is_dir() else {}
-    without = [name for name in questions if not examples.get(name)]
-    if without:
+    counts = {name: len(examples.get(name, ())) for name in questions}
+    short = [f"{count or 'no'} for {name}" for name, count in counts.items() if count < shots]
+    if short:
         raise UserError(
-            f"metric.shots is {shots}, and {folder} has no examples for {', '.join(without[:3])}"
-            f"{' ...' if len(without) > 3 else ''}: add its files, or set shots 0"
+            f"metric.shots is {shots}, and the examples in {folder} are fewer: {', '.join(short[:3])}"
+            f"{' ...' if len(short) > 3 else ''}; add what is missing, or set shots {min(counts.values())}"
         )
     return examples
 
 
 @dataclass(frozen=True)
 class ChoicePrompt:
-    """A question as the model sees it. shots: how many examples stand before it (fewer than asked for, if too long)."""
+    """A question as the model sees it. shots: how many examples stand before it.
+
+    They are fewer than asked for if it is too long with more, or if there are no more besides the question itself.
+    """
 
     question: ChoiceQuestion
     text: str
@@ -107,5 +112,4 @@ def found_letter(text: str) -> str:
 
 def letter_is_certain(text: str) -> bool:
     """Whether an answer names a letter, and goes on far enough that it can no longer turn out to be none."""
-    match = _LETTER.search(text)
-    return match is not None and len(text) >= match.end() + len(" is ")
+    return _LETTER.search(text + "a") is not None  # behind an unfinished word a small letter is the worst that can come

@@ -63,7 +63,7 @@ def measure_choices(config: Any, section: Any, data: ChoiceData, net: Any, token
         "method": section.method,
         "shots": section.shots,
         **summarize(answered, data.chinese),
-        "with_fewer_shots": sum(prompt.shots < _available(prompt, data, section.shots) for prompt in prompts),
+        "with_fewer_shots": sum(prompt.shots < section.shots for prompt in prompts),
         "too_long": len(too_long),
     }
     _report(result, Path(config.output_dir))
@@ -96,11 +96,6 @@ def _show(prompt: ChoicePrompt, ids: LetterIds) -> None:
     ends = ", ".join(f"{letter} {list(end)}" for letter, end in zip(LETTERS, ids.ends, strict=True))
     console.detail(f"{prompt.question.subject}, {prompt.shots} shots, {prompt.question.place}:\n{prompt.text}")
     console.detail(f"ids {ids.shared.tolist()}, then {ends}; right is {prompt.question.answer}")
-
-
-def _available(prompt: ChoicePrompt, data: ChoiceData, shots: int) -> int:
-    examples = data.examples.get(prompt.question.subject, ())
-    return min(shots, sum(example.question != prompt.question.question for example in examples))
 
 
 def summarize(answered: Sequence[Answered], chinese: bool) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def test_both_forms_of_csv(tmp_path):
         (",Question,A,B,C,D,Answer\n0,Q?,1,2,3\n", r"a.csv:2: 5 columns"),
         (",Question,A,B,C,D,Answer\n", r"a.csv: a header and no question"),
         (" ,1,2,3,4,A\n", r"a.csv:1: the question is empty"),
+        (", ,,\n\n,,,\n", r"a.csv: nothing but empty cells"),
         ('Q?,1,2,3,4,A\n"Q?,1\n', r"a.csv:2: no CSV"),
     ],
 )
@@ -79,12 +80,29 @@ def test_folders(tmp_path):
     section.path = str(root / "test")  # the files themselves, with dev/ beside their folder
     assert read_choice_data(section) == data
     (root / "dev" / "anatomy_dev.csv").unlink()
-    with pytest.raises(UserError, match="shots is 2, and .*dev has no examples for anatomy"):
+    with pytest.raises(UserError, match="shots is 2, and the examples in .*dev are fewer: no for anatomy; .* shots 0"):
         read_choice_data(section)
     with pytest.raises(UserError, match="neither a folder val nor a .csv file .dev, test."):
         read_choice_data(SimpleNamespace(path=str(root), split="val", shots=0, num_samples=None))
     with pytest.raises(UserError, match="ChoiceMetric has no path"):
         read_choice_data(SimpleNamespace(path="", split="val", shots=0, num_samples=None))
+
+
+def test_files_of_one_subject_do_not_replace_each_other(tmp_path):
+    for part in ("dev", "test"):
+        (tmp_path / f"anatomy_{part}.csv").write_text(MMLU_DEV)
+    with pytest.raises(UserError, match="anatomy_test.csv: of the same subject as anatomy_dev.csv; .*folders dev/"):
+        read_choice_data(SimpleNamespace(path=str(tmp_path), split="test", shots=0, num_samples=None))
+
+
+def test_more_shots_than_examples(tmp_path):
+    root = write_mmlu(tmp_path / "mmlu", ("anatomy", "sociology"))
+    (root / "dev" / "anatomy_dev.csv").write_text(MMLU_DEV)
+    section = SimpleNamespace(path=str(root), split="test", shots=4, num_samples=None)
+    with pytest.raises(UserError, match="shots is 4, and .*dev are fewer: 3 for anatomy; add .*, or set shots 3"):
+        read_choice_data(section)
+    section.shots = 3
+    assert len(read_choice_data(section).examples["anatomy"]) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -125,7 +143,9 @@ def test_subjects():
     ("text", "letter"),
     [
         ("B", "B"), (" C.", "C"), ("(D) because", "D"), ("The answer is B.", "B"), ("答案是C。", "C"), ("选A", "A"),
-        ("A is right", "A"), ("A cat is C", "C"), ("A. one", "A"), ("Dogs and Cats", ""), ("B2 or AB", ""), ("", ""),
+        ("A is right", "A"), ("A cat is C", "C"), ("A. one", "A"),
+        ("A because it is", "A"), ("A since B is not", "A"), ("A and not B", "A"), ("A android is B", "B"),
+        ("Dogs and Cats", ""), ("B2 or AB", ""), ("", ""),
     ],
 )  # fmt: skip
 def test_letters_in_answers(text, letter):
@@ -135,6 +155,9 @@ def test_letters_in_answers(text, letter):
 def test_an_answer_goes_on_until_its_letter_is_certain():
     assert not letter_is_certain("A") and not letter_is_certain("A c") and not letter_is_certain("A cat")
     assert letter_is_certain("B. tw") and letter_is_certain("A is ")
+    for unfinished in ("B", "A ", "A is", "A as", "A since", "A and"):  # Bad, A issue, A astute, A sincere, A android
+        assert not letter_is_certain(unfinished)
+    assert letter_is_certain("A and ") and letter_is_certain("A.")
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -301,7 +324,9 @@ def test_written_answers_are_asked_for_as_predict_does(folder, spm_model, monkey
     config = load_config(folder / "run.yaml", [("processor.type", "InternLMProcessor")]).config
     tokenizer = load_tokenizer(spm_model)
     net = CausalLM(spec_from_config(config.model), seed=1)
-    ChoiceWriter(config, net, tokenizer).answers(["Who?\nAnswer:"])
+    writer = ChoiceWriter(config, net, tokenizer)
+    writer.answers(["Who?\nAnswer:"])
+    assert writer._params.stop_strings == ("<eoa>", "<|User|>:")  # text to this tokenizer, which has no such ids
     assert tokenizer.decode(seen[0]).startswith("<|User|>:Who?") and "<|Bot|>:" in tokenizer.decode(seen[0])
 
 

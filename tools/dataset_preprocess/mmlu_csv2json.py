@@ -29,15 +29,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Convert every question; the output appears under its name when it is whole."""
     arguments = parse_arguments()
-    from llm_core.data.choices import read_choice_file, read_choice_folder
+    from llm_core.data.choices import choice_files, read_choice_file
     from llm_core.data.conversations import alpaca_of_choice
     from llm_core.data.inputs import write_whole
     from llm_core.report.console import console
 
     rows, subjects = [], set()
     for path in arguments.input:
-        by_subject = read_choice_folder(path) if path.is_dir() else {path.stem: read_choice_file(path)}
-        for questions in by_subject.values():
+        for file in choice_files(path) if path.is_dir() else [path]:
+            questions = read_choice_file(file)
             rows += map(alpaca_of_choice, questions)
             subjects |= {question.subject for question in questions}
     write_whole(arguments.output, json.dumps(rows, ensure_ascii=False, indent=1).encode())
