@@ -135,15 +135,13 @@ def _from_turns(turns: list[dict[str, str]], place: str) -> Conversation:
     left_out = 0
     if turns and turns[0]["role"] == ASSISTANT:
         turns, left_out = turns[1:], 1
-    if len(turns) % 2:
-        if turns[-1]["role"] != USER:
-            raise UserError(f"{place}: two turns of {turns[-1]['role']!r} follow each other")
-        turns, left_out = turns[:-1], left_out + 1
+    first = len(system) + left_out
     for number, turn in enumerate(turns):
         expected = (USER, ASSISTANT)[number % 2]
         if turn["role"] != expected:
-            at = number + left_out + len(system)
-            raise UserError(f"{place}: turn {at} is the {turn['role']}'s, and it is the {expected}'s turn")
+            raise UserError(f"{place}: turn {first + number} is the {turn['role']}'s, and it is the {expected}'s turn")
+    if len(turns) % 2:  # the last is a question
+        turns, left_out = turns[:-1], left_out + 1
     if not turns:
         return Conversation([], left_out)
     return Conversation(system + turns, left_out, any(not turn["content"].strip() for turn in turns))

@@ -31,7 +31,7 @@ def trees_of(rows: Rows) -> Rows:
         if parent is None:
             trees.append({"prompt": message})
             lines.append(rows.lines[number])
-        elif parent not in messages:
+        elif not isinstance(parent, str) or parent not in messages:
             raise UserError(f"{rows.place(number)}: answers the message {parent!r}, which is not in the file")
         else:
             messages[parent]["replies"].append(message)
@@ -47,15 +47,25 @@ def oasst_messages(tree: Any, place: str) -> list[tuple[str, str]]:
         raise UserError(f"{place}: has no object 'prompt'; a row of oasst1 is a tree, or a message with 'message_id'")
     path = []
     while message is not None:
-        role = required_text(message, "role", f"{place}, message {len(path)}")
+        at = f"{place}, message {len(path)}"
+        role = required_text(message, "role", at)
         if role not in _ROLES:
-            raise UserError(f"{place}, message {len(path)}: 'role' must be 'prompter' or 'assistant', and is {role!r}")
-        path.append((_ROLES[role], required_text(message, "text", f"{place}, message {len(path)}")))
-        replies = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
-        message = min(replies, key=_rank, default=None)
+            raise UserError(f"{at}: 'role' must be 'prompter' or 'assistant', and is {role!r}")
+        path.append((_ROLES[role], required_text(message, "text", at)))
+        message = min(_replies(message, at), key=lambda reply: _rank(reply, at), default=None)
     return path
 
 
-def _rank(reply: dict[str, Any]) -> float:
+def _replies(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """Those that are not deleted."""
+    replies = message.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise UserError(f"{place}: 'replies' must be a list of messages, each an object with 'role' and 'text'")
+    return [reply for reply in replies if not reply.get("deleted")]
+
+
+def _rank(reply: dict[str, Any], place: str) -> float:
     rank = reply.get("rank")
+    if rank is not None and not isinstance(rank, int | float):
+        raise UserError(f"{place}: the 'rank' of a reply must be a number or null, and is {rank!r}")
     return float("inf") if rank is None else rank

@@ -82,6 +82,12 @@ def test_an_empty_turn_is_seen(kind, row):
     ("kind", "row", "message"),
     [
         ("messages", {"messages": [user("a"), user("b")]}, "turn 1 is the user's, and it is the assistant's turn"),
+        ("messages", {"messages": [user("a"), user("b"), assistant("c")]},
+         "turn 1 is the user's, and it is the assistant's turn"),
+        ("messages", {"messages": [user("a"), user("b"), user("c")]}, "turn 1 is the user's"),
+        ("messages", {"messages": [system("s"), assistant("a"), user("b"), user("c"), assistant("d")]},
+         "turn 3 is the user's"),
+        ("messages", {"messages": [user("a"), assistant("b"), assistant("c")]}, "turn 2 is the assistant's"),
         ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "'role' must be 'user' or 'assistant'"),
         ("messages", {"text": "x"}, "has no key 'messages'"),
         ("sharegpt", {"instruction": "x"}, "give --dataset_type alpaca"),
@@ -94,8 +100,13 @@ def test_an_empty_turn_is_seen(kind, row):
         ("src_tgt", {"src": ["a", 3], "tgt": ["b", "c"]}, "turn 1: 'src' must be a string"),
         ("oasst1", {"x": 1}, "has no object 'prompt'"),
         ("oasst1", {"prompt": {"text": "x", "role": "robot"}}, "'role' must be 'prompter' or 'assistant'"),
+        ("oasst1", {"prompt": {**reply("x", None, role="prompter"), "replies": ["text"]}},
+         "message 0: 'replies' must be a list of messages"),
+        ("oasst1", {"prompt": {**reply("x", None, role="prompter"), "replies": {"text": "y"}}}, "'replies' must be"),
+        ("oasst1", {"prompt": reply("x", None, reply("y", 0), reply("z", "1"), role="prompter")},
+         "message 0: the 'rank' of a reply must be a number or null, and is '1'"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_row_is_named(kind, row, message):
     with pytest.raises(UserError, match=message) as raised:
         FORMATS[kind](row, "data.jsonl:7")
@@ -119,7 +130,11 @@ def test_single_messages_of_oasst1_become_trees(tmp_path):
     found = [FORMATS["oasst1"](tree, trees.place(i)) for i, tree in enumerate(trees.values)]
     assert [m["content"] for m in found[0].messages] == ["Why?", "best", "More?", "Yes."]
     assert (found[1].messages, found[1].left_out) == ([], 1)
-    for wrong, what in ((message("9", "8", "x"), "answers the message '8'"), (rows[0], "is in the file twice")):
+    for wrong, what in (
+        (message("9", "8", "x"), "answers the message '8'"),
+        (message("9", ["1"], "x"), "answers the message .'1'."),
+        (rows[0], "is in the file twice"),
+    ):
         path.write_text("\n".join(map(json.dumps, [*rows, wrong])))
         with pytest.raises(UserError, match=f"flat.jsonl:7: .*{what}"):
             read_conversations(path, "oasst1")
