@@ -16,8 +16,9 @@ from llm_core.data.segments import Samples, Segment, cut_and_count, encode_sampl
 from llm_core.errors import UserError
 from llm_core.report.console import console
 from llm_core.text import Tokenizer
-from llm_core.text.chat import ChatFormat, Message, chat_format, template_path
+from llm_core.text.chat import TOKENIZER, ChatFormat, Message, chat_format, template_path
 from llm_core.text.jinja import template_file
+from llm_core.text.lookup import find_tokenizer_file
 
 _ROWS_PER_CHUNK = 500
 
@@ -66,6 +67,11 @@ def _sample(written_by: ChatFormat, messages: Sequence[Message], place: str) -> 
         segments += [(part, False) for part in prompt]
         segments += [(part, True) for part in answer]
     return segments
+
+
+def located_template(template: str, tokenizer: str | Path) -> str:
+    """`template`, or for "tokenizer" the folder of `tokenizer`, so that its file counts among the inputs."""
+    return str(find_tokenizer_file(tokenizer).parent.resolve()) if template == TOKENIZER else template
 
 
 class Conversations:

@@ -30,8 +30,8 @@ _FILE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".json")
 def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
     """The format called `name`.
 
-    none: the text as it is; internlm; tokenizer: the chat template in the tokenizer's folder; a path to a folder or a
-    Jinja file with a template; else one of fastchat's templates. UserError if there is no such format.
+    none: the text as it is; internlm; tokenizer: the chat template in the tokenizer's folder; a path to a folder, or to
+    a Jinja or JSON file with a template; else one of fastchat's templates. UserError if there is no such format.
     """
     if name == PLAIN:
         return PlainFormat(tokenizer)

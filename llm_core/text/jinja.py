@@ -58,6 +58,8 @@ class ChatTemplate:
 def load_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """The template of a file, or of a folder that holds chat_template.jinja or a tokenizer_config.json with one.
 
+    A .json file holds it under "chat_template", as tokenizer_config.json does.
+
     The special tokens' names come from the files beside the template, then from those beside the tokenizer, then from
     the tokenizer itself. UserError if there is no template.
     """
@@ -81,7 +83,7 @@ def template_file(path: Path) -> Path:
 
 def _find(path: Path) -> tuple[Path, str]:
     path = template_file(path)
-    if path.name != _CONFIG:
+    if path.suffix != ".json":
         return path, _read(path)
     template = _read_json(path).get("chat_template")
     if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]

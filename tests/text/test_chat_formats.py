@@ -218,6 +218,12 @@ def test_templates_are_found_where_hugging_face_puts_them(folder, tokenizer):
     assert chat_format(str(place), tokenizer).template.text == TRIMMED
     (place / "own.jinja").write_text(GENERATION)
     assert chat_format(str(place / "own.jinja"), tokenizer).template.text == GENERATION
+    own = place / "chat_template.json"
+    own.write_text(json.dumps({"chat_template": TRIMMED}))
+    assert chat_format(str(own), tokenizer).template.text == TRIMMED
+    own.write_text(json.dumps({"template": TRIMMED}))
+    with pytest.raises(UserError, match="chat_template.json: has no chat_template"):
+        chat_format(str(own), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,12 @@ def test_the_tokenizers_own_template(run_script, marked_spm, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     code, _, err = run_script("llama_preprocess", *arguments)
     assert code == 0, err
+    code, _, err = run_script("transform_dataset", "--input", source, "--output", tmp_path / "t.mindrecord",
+                              "--model_file", tmp_path, "--chat_template", "tokenizer", "--num_workers", 1)  # fmt: skip
+    assert code == 0, err
+    manifests = [json.loads((tmp_path / f"{name}.mindrecord.manifest.json").read_text()) for name in "ot"]
+    assert [m["inputs"][1]["name"] for m in manifests] == ["tokenizer_config.json"] * 2
+    assert [m["arguments"]["template"] for m in manifests] == [str(tmp_path.resolve())] * 2
     template = "{{ raise_exception('only " + "one turn') }}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     code, _, err = run_script("llama_preprocess", *arguments)
@@ -234,6 +240,14 @@ def test_a_bad_csv_is_named_with_its_line(run_script, tmp_path, content, message
     assert code == 2
     assert f"{tmp_path / 'a.csv'}{message}" in err
     assert not (tmp_path / "o.json").exists()
+
+
+def test_csv_files_of_one_subject_are_all_converted(run_script, tmp_path):
+    for part in ("dev", "test"):
+        (tmp_path / f"college_law_{part}.csv").write_text(MMLU)
+    code, out, err = run_script("mmlu_csv2json", "--input", tmp_path, "--output", tmp_path / "o.json")
+    assert code == 0, err
+    assert "4 questions of 1 subjects" in out
 
 
 def test_transform_dataset_names_the_flag_of_a_missing_tokenizer(run_script, tmp_path, monkeypatch):

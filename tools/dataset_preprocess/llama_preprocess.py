@@ -36,7 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer_type", help="the same as --model_file")
     parser.add_argument("--chat_template", "--format", default="vicuna_v1.1",
                         help="how a conversation is written: a fastchat template, internlm, none, tokenizer (the "
-                             "template in its folder), or a path to a folder or Jinja file (default: %(default)s)")
+                             "template in its folder), or a path to a folder, a Jinja or a JSON file "
+                             "(default: %(default)s)")
     parser.add_argument("--seq_length", type=int, default=2048, help="records hold one id more (default: 2048)")
     parser.add_argument("--long_rows", choices=["cut", "drop"], default="cut",
                         help="conversations that are longer: cut at the end, or left out (default: %(default)s)")
@@ -70,11 +71,9 @@ def open_data_set(arguments: argparse.Namespace, inputs: list[Path], tokenizer: 
     """The DataSet that --dataset_type names, or that the files' first rows tell."""
     from llm_core.data.detect import detect_one_format
     from llm_core.data.plain import PlainText
-    from llm_core.data.qa import Conversations
+    from llm_core.data.qa import Conversations, located_template
     from llm_core.data.wiki import WikiText
     from llm_core.report.console import console
-    from llm_core.text.chat import TOKENIZER
-    from llm_core.text.lookup import find_tokenizer_file
 
     kind = arguments.dataset_type
     if kind == "auto":
@@ -84,9 +83,7 @@ def open_data_set(arguments: argparse.Namespace, inputs: list[Path], tokenizer: 
         return WikiText(inputs, arguments.seq_length)
     if kind in TEXTS:
         return PlainText(inputs, arguments.seq_length, kind)
-    template = arguments.chat_template
-    if template == TOKENIZER:  # its file counts among the inputs
-        template = str(find_tokenizer_file(tokenizer).parent.resolve())
+    template = located_template(arguments.chat_template, tokenizer)
     drop_long = arguments.long_rows == "drop"
     return Conversations(inputs, arguments.seq_length, template, "sharegpt" if kind == "qa" else kind, drop_long)
 

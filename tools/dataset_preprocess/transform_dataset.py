@@ -15,7 +15,7 @@ from llm_core.data.tool import run_tool  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The seed's flags, and MindFormers' for the tokenizer and the length."""
+    """Input, output and shards; --model_file and --seq_length are those of llama_preprocess.py."""
     parser = argparse.ArgumentParser(
         description="Instructions in Alpaca's JSON -> MindRecord in InternLM's chat form.", allow_abbrev=False
     )
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parse_arguments()
     from llm_core.data.inputs import find_inputs
     from llm_core.data.preprocess import preprocess, report, require_positive
-    from llm_core.data.qa import Conversations
+    from llm_core.data.qa import Conversations, located_template
     from llm_core.errors import UserError
     from llm_core.text.lookup import find_tokenizer_file
 
@@ -49,9 +49,8 @@ def main() -> None:
         tokenizer = find_tokenizer_file(arguments.model_file)
     except UserError as error:
         raise UserError(f"--model_file {error}") from None
-    data_set = Conversations(
-        inputs, arguments.seq_length, arguments.chat_template, "alpaca", arguments.long_rows == "drop"
-    )
+    template = located_template(arguments.chat_template, tokenizer)
+    data_set = Conversations(inputs, arguments.seq_length, template, "alpaca", arguments.long_rows == "drop")
     output = Path(arguments.output)
     if arguments.output.endswith("/") or output.is_dir():
         output = output / f"{inputs[0].stem}.mindrecord"
