@@ -81,7 +81,7 @@ def _read_golds(records: RecordFile) -> list[tuple[list[str], str]]:
     path, facts = next(iter(listed.items()))
     if not path.exists() or sha256(path) != facts["sha256"]:
         raise UserError(f"{path}: missing, or not what was written with the records; copy it, or write both again")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, which JSON may hold
     try:
         golds = [([str(text) for text in row["answers"]], str(row["id"])) for row in map(json.loads, lines)]
         whole = all(answers for answers, _ in golds)

@@ -134,11 +134,16 @@ def test_questions_come_with_all_right_answers(folder, tmp_path, spm_model):
     assert [(question.id, question.golds) for question in questions] == [(f"q{n}", g) for n, g in enumerate(GOLDS)]
     assert len(read_questions(RecordFile(path), tokenizer, pad_token_id=0, num_samples=2)) == 2
 
+    odd = [["one\u2028line", "next\x85"], *GOLDS[1:]]  # no line ends to JSON
+    beside = write_golds(tmp_path / "q.mindrecord.golds.jsonl", odd)
+    write_questions(path, spm_model, side_files=beside)
+    assert [q.golds for q in read_questions(RecordFile(path), tokenizer, pad_token_id=0)] == odd
+
 
 def write_golds(path: Path, golds: list[list[str]]) -> dict:
     """The file of right answers, and the entry of the manifest for it."""
     rows = [{"record": n, "id": f"q{n}", "answers": answers} for n, answers in enumerate(golds)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}}
 
 
