@@ -3,7 +3,7 @@
 A run with a pet_config saves what it trains, and nothing of the base. How the adapter was made stands in the
 checkpoint's manifest, as `state["adapter"]`:
 
-    {"pet_config": {...}, "base": load_checkpoint of the run, "base_fingerprint": see `base_fingerprint`}
+    {"pet_config": {...}, "base": load_checkpoint of the run, "base_fingerprint": {name: hash}, see `fingerprint`}
 
 MindFormers' files say nothing of the kind, Hugging Face's folders all but the fingerprint.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = "adapters"  # beside a base: adapters/NAME
 _SAMPLED = 64  # values of each tensor that a fingerprint looks at
+_HASH = 8  # hex digits that a fingerprint keeps of each tensor
 _SHOWN = 3
 _EMBEDDING = "model.tok_embeddings.embedding_weight"  # every base has one
 
@@ -42,14 +43,14 @@ _EMBEDDING = "model.tok_embeddings.embedding_weight"  # every base has one
 class Adapter:
     """An adapter that fits its model: its values by name (fp32), and what is known of how it was made.
 
-    base and base_fingerprint are "" where the files do not say.
+    base and base_fingerprint are empty where the files do not say.
     """
 
     source: Path
     pet: Any
     tensors: dict[str, np.ndarray]
     base: str = ""
-    base_fingerprint: str = ""
+    base_fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
         """One line for the log."""
@@ -130,7 +131,7 @@ def read_adapter(path: str | Path, spec: DecoderSpec, wanted: Any = None) -> Ada
     if wanted is not None and made is not None:
         _require_same_kind(wanted, made, path)
     _require_fit(tensors, spec, wanted or made, path)
-    return Adapter(path, wanted or made, tensors, facts.get("base", ""), facts.get("base_fingerprint", ""))
+    return Adapter(path, wanted or made, tensors, facts.get("base", ""), facts.get("base_fingerprint", {}))
 
 
 def _facts(weights: WeightFiles) -> dict[str, Any]:
@@ -234,14 +235,21 @@ def load_adapter(net: nn.Cell, adapter: Adapter) -> None:
         parameter.set_data(mindspore.Tensor(np.ascontiguousarray(tensor), dtype=parameter.dtype))
 
 
-def require_base(adapter: Adapter, found: str) -> None:
+def require_base(adapter: Adapter, found: Mapping[str, str]) -> None:
     """UserError unless the base of the fingerprint `found` is the one that the adapter was trained on."""
-    if adapter.base_fingerprint != found:
+    others = differing(adapter.base_fingerprint, found)
+    if others:
         trained_on = adapter.base or "a base that was never saved"
         raise UserError(
             f"adapter: {adapter.source}: it was trained on another base, {trained_on}, than the weights of "
-            "load_checkpoint: give that base as load_checkpoint"
+            f"load_checkpoint ({len(others)} tensors differ: {', '.join(others[:_SHOWN])}): give that base as "
+            "load_checkpoint"
         )
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """The tensors that two fingerprints disagree on. What only one has says nothing: a head, or what a run trained."""
+    return [name for name, value in one.items() if other.get(name, value) != value]
 
 
 class _BaseOnly(Mapping[str, np.ndarray]):
@@ -294,24 +302,25 @@ def load_base(net: nn.Cell, path: str) -> LoadReport:
     return report
 
 
-def base_fingerprint(net: nn.Cell) -> str:
+def base_fingerprint(net: nn.Cell) -> dict[str, str]:
     """`fingerprint` of every frozen parameter of the base in `net`."""
     parameters = net.parameters_dict()
     frozen = [name for name, p in parameters.items() if not p.requires_grad and not is_adapter_name(name)]
     return fingerprint((name, parameters[name].asnumpy()) for name in sorted(frozen))
 
 
-def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Names, shapes and some values of tensors, in order of their names, as a hash.
+def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
+    """By name, a short hash of each tensor's shape and some of its values.
 
     The values are rounded to bfloat16, so that a base and its bfloat16 copy are the same base.
     """
-    digest = hashlib.sha256()
-    for name, array in tensors:
-        values = array.reshape(-1)
-        some = np.ascontiguousarray(values[:: max(1, len(values) // _SAMPLED)], dtype=np.float32)
-        digest.update(f"{name}{tuple(array.shape)}".encode() + _bfloat16_bits(some).tobytes())
-    return digest.hexdigest()
+    return {name: _hash(array) for name, array in tensors}
+
+
+def _hash(array: np.ndarray) -> str:
+    values = array.reshape(-1)
+    some = np.ascontiguousarray(values[:: max(1, len(values) // _SAMPLED)], dtype=np.float32)
+    return hashlib.sha256(f"{tuple(array.shape)}".encode() + _bfloat16_bits(some).tobytes()).hexdigest()[:_HASH]
 
 
 def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
@@ -320,7 +329,7 @@ def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def adapter_state(pet: Any, load_checkpoint: str, fingerprint: str) -> dict[str, Any]:
+def adapter_state(pet: Any, load_checkpoint: str, fingerprint: Mapping[str, str]) -> dict[str, Any]:
     """What a run's checkpoints say of its adapter, see above (JSON)."""
-    return {"pet_config": pet.model_dump(), "base": load_checkpoint, "base_fingerprint": fingerprint}
+    return {"pet_config": pet.model_dump(), "base": load_checkpoint, "base_fingerprint": dict(fingerprint)}
 

@@ -342,7 +342,7 @@ def write_our_file(path: str | Path, pet: LoraConfig, tensors: Mapping[str, np.n
         raise UserError(f"{path}: the name of an adapter's file must end in {' or '.join(WRITABLE)}")
     heads = {name: head_of(array) for name, array in tensors.items()}
     metadata = {"format": "ms"}
-    state = {"adapter": adapter_state(pet, base_name, "")}
+    state = {"adapter": adapter_state(pet, base_name, {})}
     with StagedFile(path, file_size(path.suffix, heads, metadata)) as staged:
         write_tensors(staged, heads, tensors.__getitem__, metadata)
         commit_with_manifest(staged, Version(staged.sha256, staged.size, state=state))

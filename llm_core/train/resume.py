@@ -12,7 +12,7 @@ from llm_core.checkpoint.locate import weight_files
 from llm_core.checkpoint.store import CheckpointStore
 from llm_core.config import RunConfig
 from llm_core.errors import UserError
-from llm_core.peft.adapters import Adapter, pet_from_dict
+from llm_core.peft.adapters import Adapter, differing, pet_from_dict
 from llm_core.report.console import console
 
 
@@ -157,7 +157,7 @@ def require_base_elsewhere(config: RunConfig, store: CheckpointStore) -> None:
 def require_same_base(resumed: ResumePoint, adapter: dict[str, Any]) -> None:
     """UserError unless the adapter's checkpoint was trained on the base that has been loaded."""
     saved = resumed.state["adapter"]
-    if saved["base_fingerprint"] != adapter["base_fingerprint"]:
+    if differing(saved["base_fingerprint"], adapter["base_fingerprint"]):
         raise UserError(
             f"resume_training: {resumed.path}: this adapter was trained on {saved['base'] or 'a base never saved'}, "
             f"other weights than those of load_checkpoint, {adapter['base'] or 'which is not set'}"

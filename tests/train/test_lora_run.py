@@ -131,7 +131,8 @@ def test_a_run_learns_and_saves_the_adapter_alone(lora_config, tmp_path, base, c
     assert len([name for name in heads if name.startswith("model.")]) == 6
     adapter = read_manifest(file)[0].state["adapter"]
     assert adapter["pet_config"]["lora_rank"] == 4 and adapter["base"] == str(base / "base.safetensors")
-    assert len(adapter["base_fingerprint"]) == 64
+    assert adapter["base_fingerprint"].keys() == before.keys()
+    assert {len(value) for value in adapter["base_fingerprint"].values()} == {8}
 
 
 def test_the_trainable_weights_alone_on_request(lora_config, tmp_path):
@@ -429,6 +430,27 @@ def test_an_adapter_of_another_base_is_named(lora_config, tmp_path, base):
         loaded_net(lora_config(load_checkpoint=str(other)), adapter)
     with pytest.raises(UserError, match=r"does not fit .* of another shape: .*lora_a is \[4, 32\], here \[4, 64\]"):
         loaded_net(lora_config(model__model_config__hidden_size=64), adapter)
+
+
+def test_the_same_base_is_the_same_whatever_else_is_trained(lora_config, tmp_path, base):
+    """freeze_exclude and the kind of the head change what is frozen, not the base; another base is still seen."""
+    from llm_core.peft.adapters import load_adapter, load_base, read_adapter
+    from llm_core.peft.apply import build_net
+
+    assert fit(run_of(lora_config(runner_config__stop_step=1))) == 0
+    other = _another_base(base, tmp_path)
+    given = ("adapter_id", str(tmp_path / "out"))
+    wider = lora_config(model__model_config__pet_config=LORA | {"freeze_exclude": ["*norm*"]})
+    assert fit(run_of(wider, given, ("output_dir", str(tmp_path / "wider")), ("runner_config.stop_step", "1"))) == 0
+    for folder in (tmp_path / "out", tmp_path / "wider"):
+        spec = replace(_spec(), head="sequence", num_labels=2)
+        adapter = read_adapter(folder, spec)
+        net = build_net(spec, adapter.pet, seed=1)
+        load_base(net, str(base))
+        load_adapter(net, adapter)
+        load_base(net, str(other))
+        with pytest.raises(UserError, match=r"another base, .*1 tensors differ: model\.layers\.0\.attention\.wk"):
+            load_adapter(net, adapter)
 
 
 def test_other_ways_to_be_wrong(lora_config, write_config, tmp_path, base):
