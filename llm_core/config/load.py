@@ -95,6 +95,7 @@ def load_config(
         tree, notes = _lay_hf_folder(tree, changed, folder)
         changed = apply_overrides(tree, given, flags, problems)
     changed = compat.settle_names(changed, problems)
+    _refuse_gguf(changed, problems)
     pruned, inert = keys.prune(RunConfig, changed, problems)
     config = validate.validate(pruned, problems)
     if config is None or problems:
@@ -164,6 +165,17 @@ def _hf_checkpoint(tree: Node) -> Path | None:
     if node is None or not isinstance(node.value, str) or not node.value:
         return None
     return Path(node.value) if hf.is_hf_folder(node.value) else None
+
+
+def _refuse_gguf(tree: Node, problems: Problems) -> None:
+    """A .gguf file says how its model computes, and only a folder made of it sets that: RoPE, eps, heads, scaling."""
+    node = find(tree, "load_checkpoint")
+    if node is not None and isinstance(node.value, str) and node.value.endswith(".gguf"):
+        problems.add(
+            node.origin.where, "load_checkpoint",
+            f"{node.value}: a run would not compute what this file's own metadata say; convert it once, python "
+            f"tools/convert_weight.py --model llama --input_path {node.value} --output_path FOLDER, and give FOLDER",
+        )  # fmt: skip
 
 
 def _lay_hf_folder(tree: Node, changed: Node, folder: Path) -> tuple[Node, list[str]]:

@@ -202,6 +202,20 @@ def test_the_command(tmp_path):
 # ---- bad input
 
 
+def test_a_run_wants_the_folder_made_of_it(tmp_path):
+    """A YAML of matching sizes would compute with another rope theta, eps or head count."""
+    path = samples.write_gguf(tmp_path / "model.gguf", samples.tensors("Q4_1"))
+    command = f"convert_weight.py --model llama --input_path {path} --output_path FOLDER, and give FOLDER"
+    with pytest.raises(UserError, match=f"load_checkpoint: {path}: a run would not .*{command}"):
+        load_config("configs/demo/predict_llama_demo.yaml", [("load_checkpoint", str(path), "--load_checkpoint")])
+    (tmp_path / "run.yaml").write_text(
+        "context: {device_target: CPU}\nload_checkpoint: model.gguf\n"
+        "model: {arch: {type: LlamaForCausalLM}, model_config: {type: LlamaConfig}}\n"
+    )
+    with pytest.raises(UserError, match="run.yaml:2: load_checkpoint: model.gguf: "):
+        load_config(tmp_path / "run.yaml")
+
+
 def test_a_file_that_is_cut_short(tmp_path):
     whole = samples.write_gguf(tmp_path / "model.gguf").read_bytes()
     path = tmp_path / "short.gguf"
