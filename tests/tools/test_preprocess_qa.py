@@ -190,7 +190,7 @@ BAD_ROWS = [
     ([{"conversations": [{"from": "human", "value": 3}]}], "row 0, turn 0: 'value' must be a string"),
     ([{"conversations": [{"from": "robot", "value": "x"}]}], "or 'gpt' or 'assistant', and is 'robot'"),
     ([{"conversations": ROWS[0]["conversations"][:1] * 2}], "row 0: turn 1 is the user's"),
-    ([{"conversations": ROWS[0]["conversations"] + ROWS[0]["conversations"][1:]}], "'assistant' follow each other"),
+    ([{"conversations": ROWS[0]["conversations"] + ROWS[0]["conversations"][1:]}], "row 0: turn 2 is the assistant's"),
     ([row("half of a pair: \ud83d", "x")], "row 0, turn 0: 'value' has half a character in it (\\ud83d"),
     ({"conversations": []}, "must be a JSON list"),
     ([], "has no rows"),
