@@ -71,7 +71,8 @@ def _read_file(path: Path, write: Writer) -> list[str]:
     if path.suffix == ".json":
         prompts = _prompts(_parse_json(text, path, 1), path, write)
     else:
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        ended = text.replace("\r\n", "\n").split("\n")  # not at U+2028 and its like, which JSON may hold
+        lines = [(number, line) for number, line in enumerate(ended, 1) if line.strip()]
         if path.suffix == ".jsonl":
             prompts = [_prompt(_parse_json(line, path, number), f"{path}:{number}", write) for number, line in lines]
         else:
