@@ -48,8 +48,11 @@ def _names_a_file(value: str) -> bool:
     try:
         if Path(value).is_file():
             return True
+        is_folder = "/" in value and Path(value).is_dir()
     except (OSError, ValueError):  # a long prompt, or one with a zero byte, is no path
         return False
+    if is_folder:
+        raise UserError(f"--predict_data {value}: is a folder; name a file of prompts in it")
     if value.endswith(FILE_SUFFIXES) and not any(character.isspace() for character in value):
         raise UserError(
             f"--predict_data {value}: no such file (a prompt that looks like a file's name goes into a file)"

@@ -65,3 +65,8 @@ def test_a_missing_file_is_no_prompt(tmp_path):
         read_prompts([str(tmp_path / "missing.txt")])
     with pytest.raises(UserError, match="--predict_data"):
         read_prompts([])
+
+
+def test_a_folder_is_no_prompt(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        read_prompts(str(tmp_path))
