@@ -6,11 +6,12 @@ import json
 import re
 from pathlib import Path
 
-from llm_core.checkpoint.files import is_weight_file
+from llm_core.checkpoint.files import WRITABLE, is_weight_file
 from llm_core.errors import UserError
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
+_PEFT_CONFIG, _PEFT_STEM = "adapter_config.json", "adapter_model"  # of a folder that Hugging Face's PEFT has saved
 _RUN_FILE = re.compile(r"(?P<stem>.+)-(?P<epoch>\d+)_(?P<step>\d+)")
 
 
@@ -42,13 +43,35 @@ def _in_folder(folder: Path) -> list[Path]:
     meta = _last_of_run(folder)
     if meta is not None:
         return [meta]
-    files = sorted(file for file in folder.iterdir() if file.is_file() and is_weight_file(file))
+    files = _own_weights(folder)
+    if not files and (folder / _PEFT_CONFIG).is_file():
+        raise UserError(
+            f"load_checkpoint: {folder}: an adapter of PEFT without its base: give it as --adapter_id {folder}, and "
+            "the base as load_checkpoint"
+        )
     if not files:
         raise UserError(
             f"load_checkpoint: {folder}: no weights in this folder (.safetensors, .ckpt, .bin or .pth, "
             "a rank_0 folder or checkpoint/rank_0)"
         )
     return _newest_of_each_run(files)
+
+
+def _own_weights(folder: Path) -> list[Path]:
+    """The weight files in a folder that are no PEFT adapter's."""
+    peft = (folder / _PEFT_CONFIG).is_file()
+    files = (file for file in folder.iterdir() if file.is_file() and is_weight_file(file))
+    return sorted(file for file in files if not (peft and file.stem == _PEFT_STEM))
+
+
+def passed_over(path: str | Path) -> list[Path]:
+    """The files that may hold an adapter in a folder of which `weight_files` takes those of a standard name alone."""
+    path = Path(path).expanduser()
+    taken = weight_files(path)
+    folder = taken[0].parent
+    if path.is_file() or not any((folder / name).is_file() for name in (*_INDEXES, *_SINGLES)):
+        return []
+    return _newest_of_each_run([file for file in _own_weights(folder) if file not in taken and file.suffix in WRITABLE])
 
 
 def _of_index(index: Path) -> list[Path]:

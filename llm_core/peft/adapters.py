@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_core.checkpoint.files import read_heads
+from llm_core.checkpoint.locate import passed_over
 from llm_core.checkpoint.manifest import verified_version
 from llm_core.checkpoint.state_names import without_state
 from llm_core.checkpoint.weights import LoadReport, WeightFiles, load_into, open_weights
@@ -66,16 +68,28 @@ def open_adapter(config: RunConfig, spec: DecoderSpec) -> Adapter | None:
     wanted = config.model.config.pet_config
     if config.adapter_id:
         return read_adapter(find_adapter(config.adapter_id, config.load_checkpoint), spec, wanted)
-    if not config.load_checkpoint or not holds_adapter(config.load_checkpoint):
-        return None
-    return read_adapter(config.load_checkpoint, spec, wanted)
+    found = adapters_in(config.load_checkpoint) if config.load_checkpoint else []
+    if len(found) > 1:
+        raise UserError(
+            f"load_checkpoint: {config.load_checkpoint}: {len(found)} adapters lie beside the base: "
+            f"{', '.join(map(str, found))}; name the one to use with --adapter_id"
+        )
+    return read_adapter(found[0], spec, wanted) if found else None
 
 
-def holds_adapter(path: str) -> bool:
-    """Whether there is an adapter in what `path` stands for, by its names. UserError when there is nothing at all."""
-    weights = open_weights(path)
+def adapters_in(path: str) -> list[Path]:
+    """Where load_checkpoint holds adapters, by their names: among the files it stands for (then `path` itself, if that
+    is all), in files of other names beside a base, as a PEFT folder. UserError when there is nothing at all."""
+    from llm_core.peft.hf_adapter import is_hf_adapter
+
+    place = Path(path).expanduser()
+    weights = open_weights(place)
     weights.close()
-    return any(map(is_adapter_name, weights))
+    inside = [file.path for file in weights.files if any(map(is_adapter_name, file.heads))]
+    beside = [file for file in passed_over(place) if any(map(is_adapter_name, read_heads(file)))]
+    if is_hf_adapter(place):
+        return [place, *inside, *beside]
+    return [place] if inside and not beside else inside + beside
 
 
 def find_adapter(adapter_id: str, load_checkpoint: str) -> Path:
@@ -332,4 +346,3 @@ def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
 def adapter_state(pet: Any, load_checkpoint: str, fingerprint: Mapping[str, str]) -> dict[str, Any]:
     """What a run's checkpoints say of its adapter, see above (JSON)."""
     return {"pet_config": pet.model_dump(), "base": load_checkpoint, "base_fingerprint": dict(fingerprint)}
-

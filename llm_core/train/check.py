@@ -27,7 +27,7 @@ from llm_core.errors import EnvironmentFault, UserError
 from llm_core.infer.load import adapter_for_inference
 from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import DecoderSpec, spec_from_config
-from llm_core.peft.adapters import Adapter, base_alone, holds_adapter, open_adapter
+from llm_core.peft.adapters import Adapter, adapters_in, base_alone, open_adapter
 from llm_core.peft.apply import describe_parameters, parameter_counts
 from llm_core.report.console import console, paint
 from llm_core.text import Tokenizer, load_tokenizer
@@ -307,7 +307,7 @@ def _names_adapter(config: RunConfig) -> bool:
     if config.adapter_id:
         return True
     try:
-        return bool(config.load_checkpoint) and holds_adapter(config.load_checkpoint)
+        return bool(config.load_checkpoint) and bool(adapters_in(config.load_checkpoint))
     except UserError:  # the line of the weights says it
         return False
 

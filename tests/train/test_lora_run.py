@@ -313,6 +313,36 @@ def test_base_and_adapter_in_one_folder(lora_config, tmp_path, base):
         loaded_net(lora_config(load_checkpoint=str(together), model__model_config__pet_config=None))
 
 
+def test_an_adapter_beside_a_base_with_a_standard_name(lora_config, tmp_path, base):
+    """model.safetensors is what a folder stands for, and the adapter's file is found besides; so is one of PEFT."""
+    assert fit(run_of(lora_config(runner_config__stop_step=2))) == 0
+    expected = values(loaded_net(lora_config(), ("adapter_id", str(tmp_path / "out"))))
+    peft = {name: value for name, value in expected.items() if "mindpet_delta" in name}
+    write_adapter(tmp_path / "peft", LoraConfig(**LORA), peft, _spec(), "tiny")
+    for name in ("model", "base"):
+        ours, theirs = tmp_path / f"{name}_ours", tmp_path / f"{name}_peft"
+        shutil.copytree(tmp_path / "peft", theirs)
+        for folder in (ours, theirs):
+            folder.mkdir(exist_ok=True)
+            shutil.copy(base / "base.safetensors", folder / f"{name}.safetensors")
+        for file in (tmp_path / "out/checkpoint/rank_0").glob("tiny_rank_0-1_*.safetensors*"):
+            shutil.copy(file, ours)
+        for folder in (ours, theirs):
+            config = lora_config(load_checkpoint=str(folder), model__model_config__pet_config=None)
+            assert_same(values(loaded_net(config)), expected)
+    for folder in ("model_ours", "base_ours"):
+        shutil.copytree(tmp_path / "peft", tmp_path / folder, dirs_exist_ok=True)
+    for folder, says in (
+        ("base_ours", "base_ours: 2 adapters lie beside the base: .*1_2.safetensors; name .* with --adapter_id"),
+        ("model_ours", "model_ours: 2 adapters lie beside the base: .*1_2.safetensors; name .* with --adapter_id"),
+        ("peft", "peft: an adapter of PEFT without its base: give it as --adapter_id .*peft, and"),
+    ):
+        config = lora_config(load_checkpoint=str(tmp_path / folder), model__model_config__pet_config=None)
+        with pytest.raises(UserError, match=says):
+            loaded_net(config)
+        assert check(load_config(config)) == 2
+
+
 def test_an_adapter_is_a_start(lora_config, tmp_path):
     assert fit(run_of(lora_config(runner_config__stop_step=6, output_dir=str(tmp_path / "one")))) == 0
     start = ("adapter_id", str(tmp_path / "one"))
