@@ -46,7 +46,7 @@ def main() -> int:
         common.pin_threads()
         print(json.dumps(measure(*args.side)))
         return 0
-    results = measure_in_turn(args.models or SIZES, args.repetitions)
+    results = train_step.measure_in_turn(dict.fromkeys(args.models or SIZES, SIDES), args.repetitions)
     ratios = report(results)
     if not args.models:
         settings = {
@@ -57,21 +57,6 @@ def main() -> int:
         }
         common.write_result("lora", results, ratios, settings)
     return 0
-
-
-def measure_in_turn(models: tuple[str, ...], repetitions: int) -> dict[str, dict[str, list[dict]]]:
-    """model -> side -> a result a repetition."""
-    results: dict[str, dict[str, list[dict]]] = {}
-    for model in models:
-        results[model] = {side: [] for side in SIDES}
-        for index in range(repetitions):
-            for side in SIDES:
-                found = common.run_side(["--side", model, side])
-                results[model][side].append(found)
-                text = ", ".join(f"{shape} {result['tokens_per_s']:.0f} tokens/s, {result['peak_rss_mib']:.0f} MiB"
-                                 for shape, result in found.items())  # fmt: skip
-                print(f"  {model} {index + 1}/{repetitions} {side}: {text}", file=sys.stderr, flush=True)
-    return results
 
 
 def report(results: dict[str, dict[str, list[dict]]]) -> list[common.Ratio]:

@@ -25,7 +25,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +64,7 @@ def main() -> int:
         common.pin_threads()
         return flat()
     figures = [args.only] if args.only else list(FIGURES)
-    results = measure_in_turn(figures, args.repetitions)
+    results = measure_in_turn(sides_of(figures), args.repetitions)
     ratios = [ratio for figure in figures for ratio in report(figure, results)]
     if not args.only:
         settings = {"shapes": SHAPES, "steps": STEPS, "models": {name: MODELS[name].settings() for name in SHAPES}}
@@ -72,12 +72,17 @@ def main() -> int:
     return 0
 
 
-def measure_in_turn(figures: list[str], repetitions: int) -> dict[str, dict[str, list[dict]]]:
-    """model -> side -> a result a repetition; what several figures need is measured once."""
+def sides_of(figures: list[str]) -> dict[str, list[str]]:
+    """model -> sides to measure; what several figures need is measured once."""
     wanted: dict[str, list[str]] = {}
     for figure in figures:
         for model, sides in FIGURES[figure].items():
             wanted.setdefault(model, []).extend(side for side in sides if side not in wanted[model])
+    return wanted
+
+
+def measure_in_turn(wanted: Mapping[str, Sequence[str]], repetitions: int) -> dict[str, dict[str, list[dict]]]:
+    """model -> sides to measure, by the script that runs: model -> side -> a result a repetition."""
     results: dict[str, dict[str, list[dict]]] = {}
     for model, sides in wanted.items():
         results[model] = {side: [] for side in sides}
