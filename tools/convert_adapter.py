@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llm_core.errors import EnvironmentFault, UserError  # noqa: E402
+from llm_core.data.tool import run_tool  # noqa: E402
+from llm_core.errors import UserError  # noqa: E402
 from llm_core.report.console import console  # noqa: E402
 
 
@@ -44,17 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the conversion; returns the exit code."""
     flags = _parser().parse_args(argv)
-    try:
-        console.info(convert(flags))
-    except UserError as error:
-        console.error(str(error))
-        return 2
-    except EnvironmentFault as error:
-        console.error(str(error))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_tool(lambda: console.info(convert(flags)), stopped=None)
 
 
 def convert(flags: argparse.Namespace) -> str:

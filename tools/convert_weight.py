@@ -21,7 +21,7 @@ from llm_core.checkpoint.convert import to_hugging_face, to_mindformers  # noqa:
 from llm_core.checkpoint.dtypes import FLAG_NAMES  # noqa: E402
 from llm_core.checkpoint.files import WRITABLE  # noqa: E402
 from llm_core.config.hf_keys import FAMILIES  # noqa: E402
-from llm_core.errors import EnvironmentFault, UserError  # noqa: E402
+from llm_core.data.tool import run_tool  # noqa: E402
 from llm_core.report.console import console  # noqa: E402
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -83,25 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     to_folder = flags.reversed or _is_gguf_to_folder(flags.input_path, flags.output_path)
     if to_folder and flags.qkv_concat:
         parser.error("--qkv_concat: a Hugging Face folder has no joined projections; leave it out")
-    try:
-        if to_folder:
-            written = to_hugging_face(
-                flags.input_path, flags.output_path, flags.dtype, flags.config, flags.max_shard_size, flags.model
-            )
-        else:
-            written = to_mindformers(
-                flags.input_path, flags.output_path, flags.dtype, flags.qkv_concat, flags.model
-            )
-    except UserError as error:
-        console.error(str(error))
-        return 2
-    except EnvironmentFault as error:
-        console.error(str(error))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    console.info(f"written: {written}")
-    return 0
+    return run_tool(lambda: console.info(f"written: {convert(flags, to_folder)}"), stopped=None)
+
+
+def convert(flags: argparse.Namespace, to_folder: bool) -> Path:
+    """What the flags ask for; returns the file or the folder that was written."""
+    if to_folder:
+        return to_hugging_face(
+            flags.input_path, flags.output_path, flags.dtype, flags.config, flags.max_shard_size, flags.model
+        )
+    return to_mindformers(flags.input_path, flags.output_path, flags.dtype, flags.qkv_concat, flags.model)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llm_core.errors import EnvironmentFault, UserError  # noqa: E402
+from llm_core.data.tool import run_tool  # noqa: E402
+from llm_core.errors import UserError  # noqa: E402
 from llm_core.report.console import console  # noqa: E402
-from llm_core.runtime import prepare_environment  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,18 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.src_ckpt_strategy or flags.dst_ckpt_strategy:
         parser.error("--src_ckpt_strategy, --dst_ckpt_strategy: checkpoints here are those of one process, which have "
                      "no strategy; leave them out")  # fmt: skip
-    prepare_environment()
-    try:
-        console.info(merge(flags))
-    except UserError as error:
-        console.error(str(error))
-        return 2
-    except EnvironmentFault as error:
-        console.error(str(error))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_tool(lambda: console.info(merge(flags)), stopped=None)
 
 
 def merge(flags: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""How the scripts of tools/dataset_preprocess end: one line and an exit code, never a traceback for a known cause."""
+"""How the scripts of tools/ end: one line and an exit code, never a traceback for a known cause."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from llm_core.errors import EnvironmentFault, UserError
 from llm_core.report.console import console
 from llm_core.runtime import prepare_environment
 
+_GOES_ON = "stopped; the same command goes on from the finished parts"
 
-def run_tool(main: Callable[[], None]) -> int:
-    """Run `main`; returns the exit code: 0, 2 for a user's mistake, 1 for a fault of the machine, 130 for Ctrl-C."""
+
+def run_tool(main: Callable[[], None], stopped: str | None = _GOES_ON) -> int:
+    """Run `main`; returns the exit code: 0, 2 for a user's mistake, 1 for a fault of the machine, 130 for Ctrl-C.
+
+    stopped: what is said at Ctrl-C, None = nothing.
+    """
     prepare_environment()
     try:
         main()
@@ -24,6 +29,7 @@ def run_tool(main: Callable[[], None]) -> int:
         console.error(f"{error.filename or 'a file'}: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
-        console.error("stopped; the same command goes on from the finished parts")
+        if stopped:
+            console.error(stopped)
         return 130
     return 0
