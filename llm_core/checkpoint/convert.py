@@ -17,7 +17,7 @@ from llm_core.checkpoint.manifest import Version, commit_with_manifest
 from llm_core.checkpoint.qkv import ConcatView, joined_of, parts_of
 from llm_core.checkpoint.staged import NewFolder, StagedFile, write_json
 from llm_core.checkpoint.state_names import is_state
-from llm_core.checkpoint.weights import WeightFiles, open_weights
+from llm_core.checkpoint.weights import SelectedTensors, WeightFiles, open_weights
 from llm_core.config.hf_folder import family_of, has_two_norms, hf_config_to_model_config, qkv_grouping
 from llm_core.errors import UserError
 from llm_core.report.console import console
@@ -94,24 +94,7 @@ def to_hugging_face(
 # ---- names, types, projections
 
 
-class _Selected(Mapping[str, np.ndarray]):
-    """Some of a mapping's tensors."""
-
-    def __init__(self, tensors: WeightFiles, names: list[str]):
-        self._tensors = tensors
-        self.heads = {name: tensors.heads[name] for name in names}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name]
-
-    def __iter__(self):
-        return iter(self.heads)
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-
-def _model_weights(weights: WeightFiles, source: str | Path) -> _Selected:
+def _model_weights(weights: WeightFiles, source: str | Path) -> SelectedTensors:
     """The model's own tensors; optimizer state is left out, with one line; a foreign name is refused."""
     state = [name for name in weights if is_state(name, weights)]
     kept = [name for name in weights if not is_state(name, weights)]
@@ -127,7 +110,7 @@ def _model_weights(weights: WeightFiles, source: str | Path) -> _Selected:
         )
     if state:
         console.info(f"{source}: {len(state)} tensors of training state left out")
-    return _Selected(weights, kept)
+    return SelectedTensors(weights, kept)
 
 
 def _projections(tensors: Mapping[str, np.ndarray], joined: bool) -> ConcatView:

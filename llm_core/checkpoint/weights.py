@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,38 @@ _SHOWN = 4
 _CLASSIFIER_HEADS = tuple(f"{name}." for head, name in HEAD_NAMES.items() if head != "causal")
 
 
-class WeightFiles(Mapping[str, np.ndarray]):
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors whose names and heads are known, and whose values are made when they are asked for.
+
+    heads: name -> element type and shape.
+    """
+
+    heads: dict[str, Head]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.heads)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.heads
+
+
+class SelectedTensors(LazyTensors):
+    """Some of a mapping's tensors."""
+
+    def __init__(self, tensors: LazyTensors, names: Iterable[str]):
+        self._tensors = tensors
+        self.heads = {name: tensors.heads[name] for name in names}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.heads:
+            raise KeyError(name)
+        return self._tensors[name]
+
+
+class WeightFiles(LazyTensors):
     """The tensors of one or more open weight files, by name; a value is read from disk when it is asked for.
 
     heads: name -> element type and shape, known without reading. metadata: of the safetensors files, merged.
@@ -61,15 +92,6 @@ class WeightFiles(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         file, stored_name = self._places[name]
         return file.read(stored_name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.heads)
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.heads
 
     @property
     def files(self) -> list[TensorFile]:

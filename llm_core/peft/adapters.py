@@ -11,7 +11,7 @@ MindFormers' files say nothing of the kind, Hugging Face's folders all but the f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from llm_core.checkpoint.files import read_heads
 from llm_core.checkpoint.locate import passed_over
 from llm_core.checkpoint.manifest import verified_version
 from llm_core.checkpoint.state_names import without_state
-from llm_core.checkpoint.weights import LoadReport, WeightFiles, load_into, open_weights
+from llm_core.checkpoint.weights import LoadReport, SelectedTensors, WeightFiles, load_into, open_weights
 from llm_core.errors import UserError
 from llm_core.models.shapes import parameter_shapes
 from llm_core.peft import lora
@@ -266,31 +266,9 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     return [name for name, value in one.items() if other.get(name, value) != value]
 
 
-class _BaseOnly(Mapping[str, np.ndarray]):
-    """Weights without an adapter's."""
-
-    def __init__(self, weights: WeightFiles) -> None:
-        self._weights = weights
-        self.heads = {name: head for name, head in weights.heads.items() if not is_adapter_name(name)}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.heads:
-            raise KeyError(name)
-        return self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.heads)
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.heads
-
-
 def base_alone(weights: WeightFiles, path: str) -> Mapping[str, np.ndarray]:
     """The base's weights of load_checkpoint, without an adapter's beside them; UserError where there is no base."""
-    base = _BaseOnly(weights)
+    base = SelectedTensors(weights, [name for name in weights if not is_adapter_name(name)])
     if len(base) < len(weights) and _EMBEDDING not in base:
         facts = _facts(weights)
         trained_on = f" (it was trained on {facts['base']})" if facts.get("base") else ""

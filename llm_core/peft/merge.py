@@ -9,7 +9,7 @@ with the merged weights, and refuses to write what differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from llm_core.checkpoint.manifest import Version, commit_with_manifest
 from llm_core.checkpoint.qkv import ConcatView, heads_of
 from llm_core.checkpoint.staged import StagedFile
 from llm_core.checkpoint.state_names import without_state
-from llm_core.checkpoint.weights import WeightFiles, load_into, open_weights
+from llm_core.checkpoint.weights import LazyTensors, SelectedTensors, WeightFiles, load_into, open_weights
 from llm_core.errors import UserError
 from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import DecoderSpec
@@ -57,22 +57,7 @@ def merge_lora(base: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray]
     return ConcatView(merged, set(heads_of(base)) | set(merged.whole))
 
 
-class _Tensors(Mapping[str, np.ndarray]):
-    """Tensors whose names and heads are known, and whose values are made when they are asked for."""
-
-    heads: dict[str, Head]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.heads)
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.heads
-
-
-class _Merged(_Tensors):
+class _Merged(LazyTensors):
     """The base as the adapter has its projections, with the adapter merged in."""
 
     def __init__(self, base: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray], pet: Any):
@@ -203,19 +188,6 @@ def merge_files(
     return Merge(target, layers, scaling(adapter.pet), drift, rounding)
 
 
-class _Some(_Tensors):
-    """Some of the tensors of open weight files."""
-
-    def __init__(self, weights: WeightFiles, names: list[str]):
-        self._weights = weights
-        self.heads = {name: weights.heads[name] for name in names}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.heads:
-            raise KeyError(name)
-        return self._weights[name]
-
-
 def _base_alone(weights: WeightFiles, base: Path, adapter: Adapter) -> _Some:
     """The base's own weights: no optimizer state, and not the adapter itself, where both lie in one place."""
     names = without_state(weights)
@@ -225,7 +197,7 @@ def _base_alone(weights: WeightFiles, base: Path, adapter: Adapter) -> _Some:
             f"the base holds an adapter of its own ({_first(inside)}), which would stay unmerged; name the base alone, "
             "or merge that adapter first"
         )
-    return _Some(weights, [name for name in names if name not in inside])
+    return SelectedTensors(weights, [name for name in names if name not in inside])
 
 
 def _require_base(base: Mapping[str, np.ndarray], spec: DecoderSpec, adapter: Adapter) -> None:
@@ -247,7 +219,7 @@ def _as_type(head: Head, dtype: str) -> Head:
     return replace(head, dtype=BY_NAME[FLAG_NAMES[dtype]]) if head.dtype.floating else head
 
 
-class _Stored(_Tensors):
+class _Stored(LazyTensors):
     """Tensors as they come back from a file of the types in `heads`."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], heads: Mapping[str, Head]):
