@@ -188,7 +188,7 @@ def merge_files(
     return Merge(target, layers, scaling(adapter.pet), drift, rounding)
 
 
-def _base_alone(weights: WeightFiles, base: Path, adapter: Adapter) -> _Some:
+def _base_alone(weights: WeightFiles, base: Path, adapter: Adapter) -> SelectedTensors:
     """The base's own weights: no optimizer state, and not the adapter itself, where both lie in one place."""
     names = without_state(weights)
     inside = [name for name in names if is_adapter_name(name)]
