@@ -111,8 +111,8 @@ def answer_questions(
 ) -> list[str]:
     """The first line that the model writes to each question; only that line counts, so a row ends with it.
 
-    Questions of like length share a batch. Raises UserError, before anything is generated, for a prompt that leaves no
-    room for an answer.
+    Questions of like length share a batch; with do_sample each draws with seed + the number of its record, whatever
+    stands beside it. Raises UserError, before anything is generated, for a prompt that leaves no room for an answer.
     """
     params = replace(params, num_return_sequences=1)
     for question in questions:
@@ -121,7 +121,8 @@ def answer_questions(
         except UserError as error:
             raise UserError(f"eval_dataset, record {question.record}: {error}") from None
     prompts = [question.prompt_ids for question in questions]
-    texts = write_texts(generator, tokenizer, prompts, params, done=_has_line, batch_size=batch_size, seed=seed)
+    seeds = [seed + question.record for question in questions]
+    texts = write_texts(generator, tokenizer, prompts, params, seeds, done=_has_line, batch_size=batch_size)
     return [first_line(text) for text in texts]
 
 
@@ -134,14 +135,14 @@ def write_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     params: SamplingParams,
+    seeds: Sequence[int],
     *,
     done: Callable[[str], bool],
     batch_size: int,
-    seed: int = 0,
 ) -> list[str]:
     """What the model writes to each prompt, until `done` says of the text so far that it is enough.
 
-    Prompts of like length share a batch.
+    Prompts of like length share a batch. seeds: what each prompt draws with.
     """
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -154,7 +155,8 @@ def write_texts(
                 streams[row].push(token)
                 return streams[row].stopped or done(streams[row].text)
 
-            generator.generate([prompts[number] for number in batch], params, seed + first, take, rows=batch_size)
+            rows, drawn_with = [prompts[number] for number in batch], [seeds[number] for number in batch]
+            generator.generate(rows, params, drawn_with, take, rows=batch_size)
             for number, stream in zip(batch, streams, strict=True):
                 stream.finish()
                 texts[number] = stream.text

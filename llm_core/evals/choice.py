@@ -144,7 +144,7 @@ class ChoiceWriter:
         """What is written behind each prompt, until a letter is certain."""
         ids = [self._ids(text) for text in prompts]
         options = {"done": letter_is_certain, "batch_size": self._batch_size}
-        return write_texts(self._generator, self._tokenizer, ids, self._params, **options)
+        return write_texts(self._generator, self._tokenizer, ids, self._params, [0] * len(ids), **options)
 
     def _ids(self, text: str) -> list[int]:
         if self._chat is None:

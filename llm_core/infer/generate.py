@@ -40,7 +40,7 @@ class Generator:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         on_tokens: Callable[[int, int], bool | None] | None = None,
         *,
         rows: int = 0,
@@ -49,16 +49,17 @@ class Generator:
     ) -> list[Generation]:
         """Answer `prompts` (ids, not empty) in one batch; num_return_sequences answers each, in the prompts' order.
 
-        seed: prompt i draws with seed + i, so it can be repeated alone. on_tokens(row, token) is called for each new
-        token, rows numbered like the result; returning True ends that row. A search with beams calls it when it is
-        over, and True cuts the answer. rows: run at least that many rows (idle ones added), so that the short last
-        batch of many uses the graphs of the others. interrupted() is asked before every step; True ends the
-        generation. stop_ids: end an answer in this call, beside the model's own eos_ids. Raises UserError for an empty
-        or too long prompt.
+        seed: prompt i draws with seed + i, or with its own of a list, so it can be repeated alone. on_tokens(row,
+        token) is called for each new token, rows numbered like the result; returning True ends that row. A search with
+        beams calls it when it is over, and True cuts the answer. rows: run at least that many rows (idle ones added),
+        so that the short last batch of many uses the graphs of the others. interrupted() is asked before every step;
+        True ends the generation. stop_ids: end an answer in this call, beside the model's own eos_ids. Raises
+        UserError for an empty or too long prompt.
         """
+        seeds = [seed + number for number in range(len(prompts))] if isinstance(seed, int) else seed
         answers = [
-            Generation(list(prompt), seed + number, sequence)
-            for number, prompt in enumerate(prompts)
+            Generation(list(prompt), own_seed, sequence)
+            for prompt, own_seed in zip(prompts, seeds, strict=True)
             for sequence in range(params.num_return_sequences)
         ]
         limits = [self._limit(answer.prompt_ids, params) for answer in answers]

@@ -188,6 +188,26 @@ def test_answers_are_first_lines_whatever_the_batch(folder, generator, spm_model
         assert answer == first_line(whole[len(tokenizer.decode(question.prompt_ids)):])
 
 
+def test_a_question_draws_the_same_whatever_stands_beside_it(folder, generator, spm_model):
+    """With the run's seed and the record's number, as predict would: neither batch nor neighbours change it."""
+    tokenizer = load_tokenizer(spm_model)
+    questions = read_questions(RecordFile(folder / "questions.mindrecord"), tokenizer, pad_token_id=0)
+    params = SamplingParams(do_sample=True, temperature=2.0, max_new_tokens=8)
+
+    def answers(some, batch_size, seed=11):
+        return answer_questions(generator, tokenizer, some, params, seed=seed, batch_size=batch_size)
+
+    every = answers(questions, 3)
+    assert answers(questions, 1) == answers(questions, 2) == every
+    assert [answers([question], 3)[0] for question in questions] == every
+    assert answers(questions, 3, seed=12) != every
+    for question, answer in zip(questions, every, strict=True):
+        (drawn,) = generator.generate([question.prompt_ids], params, seed=11 + question.record)
+        begun = tokenizer.decode(question.prompt_ids)
+        whole = tokenizer.decode([*question.prompt_ids, *(t for t in drawn.token_ids if t != 2)])
+        assert answer == first_line(whole[len(begun):])
+
+
 def test_a_prompt_without_room_names_its_record(folder, generator, spm_model):
     tokenizer = load_tokenizer(spm_model)
     questions = read_questions(RecordFile(folder / "questions.mindrecord"), tokenizer, pad_token_id=0)
