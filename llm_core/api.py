@@ -67,7 +67,7 @@ def load(config: str | Path, **overrides: Any) -> LoadedModel:
     from llm_core.infer.sampling import sampling_params
 
     loaded = load_config(config, list(overrides.items()))
-    return LoadedModel(load_completer(loaded), sampling_params(loaded.config.model.config), loaded)
+    return LoadedModel(load_completer(loaded), sampling_params(loaded), loaded)
 
 
 def train(config: str | Path, **overrides: Any) -> int:

@@ -14,6 +14,7 @@ from llm_core.errors import UserError
 from llm_core.evals import squad
 from llm_core.evals.choice_prompts import read_choice_data
 from llm_core.infer.results import write_whole
+from llm_core.infer.sampling import SamplingParams, sampling_params
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 
@@ -37,6 +38,7 @@ def evaluate(loaded: LoadedConfig) -> int:
     of_records = {"PerplexityMetric", "ClassificationMetric"} & metrics.keys()
     loader = open_loader(config, config.eval_dataset, "eval") if of_records else None
     records = open_records(config.eval_dataset, "eval") if "EmF1Metric" in metrics else None
+    params = sampling_params(loaded) if records is not None else None
     choices = read_choice_data(metrics["ChoiceMetric"]) if "ChoiceMetric" in metrics else None
     console.log_to(config.output_dir)
     save_run_record(config.output_dir, sys.argv, loaded.as_yaml())
@@ -59,7 +61,7 @@ def evaluate(loaded: LoadedConfig) -> int:
 
         result["ChoiceMetric"] = measure_choices(config, metrics["ChoiceMetric"], choices, net, tokenizer)
     if records is not None:
-        result["EmF1Metric"] = _em_f1(config, net, spec, tokenizer, records)
+        result["EmF1Metric"] = _em_f1(config, net, spec, tokenizer, records, params)
     path = Path(config.output_dir) / RESULT_NAME
     write_whole(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.info(f"written to {path}")
@@ -112,14 +114,14 @@ def _perplexity(config: Any, net: Any, loader: Any) -> dict[str, Any]:
     }
 
 
-def _em_f1(config: Any, net: Any, spec: Any, tokenizer: Any, records: Any) -> dict[str, Any]:
+def _em_f1(
+    config: Any, net: Any, spec: Any, tokenizer: Any, records: Any, params: SamplingParams
+) -> dict[str, Any]:
     from llm_core.evals.answers import answer_questions, read_questions
     from llm_core.infer.generate import Generator
     from llm_core.infer.load import end_ids
-    from llm_core.infer.sampling import sampling_params
 
     model = config.model.config
-    params = sampling_params(model)
     if not params.greedy:
         console.warn("do_sample is True, so EM and F1 are partly chance; --do_sample False measures the model alone")
     num_samples = config.eval_dataset.data_loader.num_samples

@@ -49,7 +49,7 @@ def chat(loaded: LoadedConfig) -> int:
     The conversation is written in the format processor.chat_template. Answers go to stdout, all else to stderr.
     """
     config = loaded.config
-    params = sampling_params(config.model.config)
+    params = sampling_params(loaded)
     if params.num_return_sequences > 1:
         count = params.num_return_sequences
         raise UserError(f"num_return_sequences {count}: a chat has one answer to a message; set it to 1")

@@ -24,7 +24,7 @@ def predict(loaded: LoadedConfig) -> int:
     its batch is done. Answers that were there when Ctrl-C or SIGTERM came are written too, and marked.
     """
     config = loaded.config
-    params = sampling_params(config.model.config)
+    params = sampling_params(loaded)
     prompts = read_prompts(config.predict_data or config.input_data or [], config.processor.prompt_format)
     folder = prepare_output_dir(config.output_dir)
     if config.save_file:

@@ -12,13 +12,16 @@ Names, defaults and refusals are those of Hugging Face transformers; each search
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from llm_core.config.tree import nearest_origin
 from llm_core.errors import UserError
 
 if TYPE_CHECKING:
+    from llm_core.config import LoadedConfig
     from llm_core.infer.generate import Generator
 
 Mode = Literal["plain", "beam", "group", "constrained", "contrastive", "assisted"]
@@ -106,6 +109,14 @@ class SamplingParams:
             (
                 self.num_beams % self.num_beam_groups,
                 f"num_beam_groups {self.num_beam_groups}: num_beams {self.num_beams} is no multiple of it",
+            ),
+            *(
+                (
+                    self.num_beams == 1 and getattr(self, name) != getattr(SamplingParams, name),
+                    f"{name} {getattr(self, name)} is of a search with beams, and num_beams is 1: it would do nothing; "
+                    f"set num_beams to 2 or more, or {name} to {getattr(SamplingParams, name)}",
+                )
+                for name in ("length_penalty", "early_stopping")
             ),
             (
                 self.num_beam_groups > 1 and not self.diversity_penalty,
@@ -204,12 +215,20 @@ def _are_words(value: Any) -> bool:
     )
 
 
-def sampling_params(model_config) -> SamplingParams:
-    """The generation keys of a YAML's model.model_config (any object with those attributes) as SamplingParams.
+def sampling_params(loaded: LoadedConfig) -> SamplingParams:
+    """The generation keys of a run file's model.model_config as SamplingParams.
 
     max_length wins over max_decode_length, and max_new_tokens over both. The assistant is loaded by `infer.load`; here
-    only the settings are refused that do not go with one.
+    only the settings are refused that do not go with one. UserError says where the setting was written that it names.
     """
+    try:
+        return _sampling_params(loaded.config.model.config)
+    except UserError as error:
+        key = re.match(r"\w*", str(error))[0]
+        raise UserError(f"{nearest_origin(loaded.tree, f'model.model_config.{key}').where}: {error}") from None
+
+
+def _sampling_params(model_config: Any) -> SamplingParams:
     params = SamplingParams(
         do_sample=bool(model_config.do_sample),
         temperature=_default(model_config.temperature, 1.0),

@@ -62,6 +62,10 @@ def test_predict_with_beams_from_the_command_line(run_file, model, tmp_path, cap
         ({"num_beams": "4", "assistant": "small.yaml"}, "can be assisted"),
         ({"penalty_alpha": "0.6", "top_k": "4", "do_sample": "True"}, "neither samples nor has beams"),
         ({"force_words": '["cat"]'}, "set num_beams to 2 or more"),
+        ({"length_penalty": "2"}, "length_penalty 2.0 is of a search with beams, and num_beams is 1"),
+        ({"early_stopping": "True", "do_sample": "True"}, "early_stopping True is of a search with beams"),
+        ({"diversity_penalty": "0.5", "num_beams": "4"}, "set num_beam_groups above 1"),
+        ({"penalty_alpha": "0.6", "top_k": "0", "do_sample": "False"}, "set top_k to 2 or more"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused_before_the_model_is_loaded(run_file, overrides, message):
@@ -73,6 +77,17 @@ def test_settings_that_do_not_go_together_are_refused_before_the_model_is_loaded
         predict(loaded)
 
 
+def test_a_refused_setting_is_named_with_its_place(run_file, tmp_path):
+    text = run_file.read_text().replace("num_layers: 2", "num_layers: 2\n    length_penalty: 0.5")
+    (tmp_path / "run.yaml").write_text(text)
+    [line] = [number for number, each in enumerate(text.splitlines(), 1) if "length_penalty" in each]
+    with pytest.raises(UserError, match=rf"^{tmp_path}/run.yaml:{line}: length_penalty 0.5 is of a search with beams"):
+        sampling_params(load_config(tmp_path / "run.yaml"))
+    flag = [("model.model_config.early_stopping", "never", "--model.model_config.early_stopping")]
+    with pytest.raises(UserError, match="^--model.model_config.early_stopping: early_stopping never is of a search"):
+        sampling_params(load_config(run_file, flag))
+
+
 def test_a_run_file_says_every_setting(run_file):
     overrides = {
         "num_beams": "6", "num_beam_groups": "3", "diversity_penalty": "0.5", "length_penalty": "-1",
@@ -80,13 +95,13 @@ def test_a_run_file_says_every_setting(run_file):
         "num_assistant_tokens": "7",
     }  # fmt: skip
     loaded = load_config(run_file, [(f"model.model_config.{name}", value) for name, value in overrides.items()])
-    params = sampling_params(loaded.config.model.config)
+    params = sampling_params(loaded)
     assert params.mode == "group"
     assert (params.diversity_penalty, params.length_penalty, params.early_stopping) == (0.5, -1, "never")
     assert (params.no_repeat_ngram_size, params.bad_words_ids) == (3, [[5], [6, 7]])
     assert params.num_assistant_tokens == 7
     words = [("model.model_config.num_beams", "3"), ("model.model_config.force_words", '["a", ["b", "c d"]]')]
-    params = sampling_params(load_config(run_file, words).config.model.config)
+    params = sampling_params(load_config(run_file, words))
     assert params.mode == "constrained" and params.force_words == ["a", ["b", "c d"]]
     with pytest.raises(UserError, match="early_stopping"):
         load_config(run_file, [("model.model_config.early_stopping", "sometimes")])
@@ -160,6 +175,7 @@ def test_several_settings_at_once():
     assert changed_params(params, "early_stopping never").early_stopping == "never"
     for text, message in [
         ("num_beam_groups 3", "no multiple"),
+        ("num_beams 1 num_beam_groups 1 diversity_penalty 0 length_penalty 2", "length_penalty 2.0 is of a search"),
         ("early_stopping maybe", "not True or False or never"),
         ("num_beams", "not a number"),
         ("num_beams 2 top", "did you mean top"),
