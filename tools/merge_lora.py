@@ -83,7 +83,7 @@ def merge(flags: argparse.Namespace) -> str:
     adapter_id = flags.adapter_id or facts.adapter_id
     if not adapter_id and not beside:
         raise UserError("--adapter_id: name the adapter, or with --load_checkpoint what holds base and adapter")
-    source = adapters.find_adapter(adapter_id, beside) if adapter_id else Path(beside)
+    source = adapters.find_adapter(adapter_id, beside) if adapter_id else adapters.adapter_in(beside) or Path(beside)
     wanted = facts.pet if flags.config else None
     adapter = adapters.read_adapter(source, facts.spec, wanted)
     base = base or (adapter.base if adapter_id else "") or facts.load_checkpoint

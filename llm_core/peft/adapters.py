@@ -68,13 +68,19 @@ def open_adapter(config: RunConfig, spec: DecoderSpec) -> Adapter | None:
     wanted = config.model.config.pet_config
     if config.adapter_id:
         return read_adapter(find_adapter(config.adapter_id, config.load_checkpoint), spec, wanted)
-    found = adapters_in(config.load_checkpoint) if config.load_checkpoint else []
+    found = adapter_in(config.load_checkpoint) if config.load_checkpoint else None
+    return None if found is None else read_adapter(found, spec, wanted)
+
+
+def adapter_in(path: str) -> Path | None:
+    """The one of `adapters_in`; None where there is none. UserError where there are several."""
+    found = adapters_in(path)
     if len(found) > 1:
         raise UserError(
-            f"load_checkpoint: {config.load_checkpoint}: {len(found)} adapters lie beside the base: "
-            f"{', '.join(map(str, found))}; name the one to use with --adapter_id"
+            f"load_checkpoint: {path}: {len(found)} adapters lie beside the base: {', '.join(map(str, found))}; name "
+            "the one to use with --adapter_id"
         )
-    return read_adapter(found[0], spec, wanted) if found else None
+    return found[0] if found else None
 
 
 def adapters_in(path: str) -> list[Path]:

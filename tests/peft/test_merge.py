@@ -327,6 +327,27 @@ def test_the_base_is_the_one_that_the_adapter_was_trained_on(files, tmp_path):
     assert done.returncode == 2 and "another.safetensors: no such file" in done.stderr
 
 
+def test_the_adapter_is_the_one_beside_the_base(files, tmp_path):
+    """As a run finds it: in a file of another name beside a model.safetensors; of two, one has to be named."""
+    spec, base, adapter = files
+    config, folder, merged = tmp_path / "run.yaml", tmp_path / "beside", tmp_path / "merged.safetensors"
+    config.write_text(CONFIG.format(base=base))
+    folder.mkdir()
+    write(folder / "model.safetensors", base_weights(spec))
+    arguments = ("--load_checkpoint", folder, "--config", config, "--output_path", merged, "--no_compare")
+    done = run("merge_lora", *arguments)
+    assert done.returncode == 2 and "there is no adapter in it" in done.stderr
+    write_our_file(folder / "lora.safetensors", adapter.pet, adapter.tensors, str(base))
+    done = run("merge_lora", *arguments)
+    assert done.returncode == 0 and f"{folder / 'lora.safetensors'}: adapter: " in done.stdout + done.stderr
+    expected = dict(merge_lora(base_weights(spec), adapter.tensors, adapter.pet))
+    for name, array in read_weights(merged).items():
+        np.testing.assert_array_equal(array, expected[name])
+    write_our_file(folder / "other.safetensors", adapter.pet, adapter.tensors, str(base))
+    done = run("merge_lora", *arguments)
+    assert done.returncode == 2 and "2 adapters lie beside the base: " in done.stderr and "--adapter_id" in done.stderr
+
+
 def test_tools_say_what_is_wrong(files, tmp_path):
     spec, base, adapter = files
     ours = write_our_file(tmp_path / "ours.safetensors", adapter.pet, adapter.tensors, "")
