@@ -9,9 +9,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llm_core import ops as core_ops
-from llm_core.models.alibi import AlibiBias
 from llm_core.models.decoder import Block, CausalLM, SelfAttention
-from llm_core.models.layers import Linear
 from llm_core.models.rope import RotaryAngles
 
 CacheOutput = Literal["last", "all", "hidden"]
@@ -61,7 +59,7 @@ class CachedDecoder(nn.Cell):
         if spec.position == "rope":
             self.angles = RotaryAngles(spec.rope, spec.head_dim, cache_length)
         else:
-            self.alibi = AlibiBias(spec.num_heads)
+            self.alibi = net.model.alibi
         self.mask = core_ops.CacheMask(spec.head_dim)
         self.attention = core_ops.CachedAttention(spec.head_dim)
         self.update = ops.ScatterUpdate(use_locking=False)
@@ -94,7 +92,7 @@ class CachedDecoder(nn.Cell):
         mask = self.mask(places, kv_start, self.length, bias)
         i = 0
         for layer in decoder.layers:
-            normed = layer.attention_norm(x)
+            normed = layer.normed(x)
             x = layer.finish(x, normed, self._attend(layer.attention, normed, angles, rows, mask, i))
             i += 1
         return self._result(x, batch)
@@ -109,10 +107,10 @@ class CachedDecoder(nn.Cell):
 
     def _result(self, x: Tensor, batch: int) -> Tensor | tuple[Tensor, Tensor]:
         """What the cell returns, from the last layer's output [B*S, hidden]; see `output`."""
-        norm = self.net.model.norm_out
+        finish = self.net.model.finish
         if self.output == "last":
-            return self.net.head(norm(x.reshape(batch, -1, x.shape[1])[:, -1]))
-        hidden = norm(x)
+            return self.net.head(finish(x.reshape(batch, -1, x.shape[1])[:, -1]))
+        hidden = finish(x)
         by_column = hidden.reshape(batch, -1, x.shape[1])
         if self.output == "hidden":
             return self.net.head(by_column[:, -1]), by_column
@@ -251,4 +249,4 @@ def _has_plain_layers(net: CausalLM) -> bool:
 def _is_plain(layer: Block) -> bool:
     attention, feed = layer.attention, layer.feed_forward
     linears = (attention.wq, attention.wk, attention.wv, attention.wo, feed.w1, feed.w3, feed.w2)
-    return all(type(linear) is Linear and linear.bias is None for linear in linears)
+    return all(linear.is_plain and linear.bias is None for linear in linears)

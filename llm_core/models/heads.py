@@ -7,32 +7,32 @@ for every token, and the first and last token of an answer within the text.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from llm_core import ops as core_ops
-from llm_core.models.decoder import CausalLM, Decoder, LinearFactory
-from llm_core.models.layers import Linear
+from llm_core.models.decoder import CausalLM, Decoder, Piece
+from llm_core.models.layers import Linear, Parts
 from llm_core.models.spec import HEAD_NAMES, DecoderSpec
 
 ANSWER_STARTS, ANSWER_ENDS = 0, 1  # labels of question answering, see QuestionLoss
 
 
-def build_model(spec: DecoderSpec, linear: LinearFactory | None = None, seed: int | None = 0) -> nn.Cell:
+def build_model(
+    spec: DecoderSpec, parts: Parts | None = None, seed: int | None = 0, piece: Piece | None = None
+) -> nn.Cell:
     """The network of `spec`: CausalLM, or by spec.head one of the classifiers.
 
-    linear: makes the decoder's linear layers by name, and CausalLM's head; default `Linear`. seed None: zero weights,
-    for a model about to be loaded.
+    parts: makes the decoder's layers by name, and CausalLM's head; default plain ones. seed None: zero weights, for a
+    model about to be loaded. piece: a stage of a pipeline, None = the whole.
     """
     if spec.head == "causal":
-        return CausalLM(spec, linear, seed)
+        return CausalLM(spec, parts, seed, piece)
     if spec.head == "sequence":
-        return SequenceClassifier(spec, linear, seed)
-    return TokenClassifier(spec, linear, seed)
+        return SequenceClassifier(spec, parts, seed, piece)
+    return TokenClassifier(spec, parts, seed, piece)
 
 
 def training_loss(net: nn.Cell) -> nn.Cell:
@@ -44,16 +44,19 @@ class TokenClassifier(nn.Cell):
     """The decoder with a linear layer on every token: tokens int32 [B, S] -> logits fp32 [B, S, num_labels].
 
     The head is `score` (`qa_outputs` for question answering, whose two classes are an answer's first and last token).
-    It has a bias, except for a class for the whole text, as in Hugging Face's models. It never comes from `linear`: an
+    It has a bias, except for a class for the whole text, as in Hugging Face's models. It never comes from `parts`: an
     adapter changes the decoder, and the head, which no checkpoint of a base model holds, is trained whole.
     """
 
-    def __init__(self, spec: DecoderSpec, linear: LinearFactory | None = None, seed: int | None = 0):
+    def __init__(
+        self, spec: DecoderSpec, parts: Parts | None = None, seed: int | None = 0, piece: Piece | None = None
+    ):
         super().__init__(auto_prefix=False)
         self.spec = spec
         self.graph_key: dict[str, Any] = {}  # as CausalLM's
-        self.model = Decoder(spec, linear or partial(Linear, bf16=spec.bf16), seed)
-        self.score = _fresh_head(spec, seed)
+        self.model = Decoder(spec, parts or Parts(spec.bf16), seed, piece)
+        self.score = _fresh_head(spec, seed) if self.model.ends else None
+        self.parts = parts or Parts(spec.bf16)
 
     def head_is_plain(self) -> bool:
         """False: the loss takes the logits, which are few, and not the head's matrix."""
@@ -62,6 +65,8 @@ class TokenClassifier(nn.Cell):
     def head(self, hidden: Tensor, key: Tensor | None = None) -> Tensor:
         """Hidden states [N, hidden] -> logits [N, num_labels]; as CausalLM's, whose dropout needs a key."""
         return self.score(hidden)
+
+    own_logits = head
 
     def construct(self, tokens: Tensor) -> Tensor:
         batch, length = tokens.shape
@@ -105,15 +110,19 @@ class TokenLoss(nn.Cell):
         self.net = net
         self.fused = net.head_is_plain()
         if self.fused:
-            self.nll = core_ops.LinearNll(net.spec.bf16, frozen=not net.head_weight().requires_grad)
+            self.nll = net.parts.linear_nll(frozen=not net.head_weight().requires_grad)
         else:
-            self.nll = core_ops.TokenNll()
+            self.nll = net.parts.token_nll()
 
     def construct(self, tokens: Tensor, labels: Tensor, dropout_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        hidden, labels = self.net.model(tokens, dropout_key), labels.reshape(-1)
+        return self.of_hidden(self.net.model(tokens, dropout_key), labels, dropout_key)
+
+    def of_hidden(self, hidden: Tensor, labels: Tensor, dropout_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same from what the head reads, fp32 [B*S, hidden]."""
+        labels = labels.reshape(-1)
         if self.fused:
             return self.nll(hidden, self.net.head_weight(), labels)
-        return self.nll(self.net.head(hidden, dropout_key), labels)
+        return self.nll(self.net.own_logits(hidden, dropout_key), labels)
 
 
 class QuestionLoss(nn.Cell):
@@ -130,8 +139,12 @@ class QuestionLoss(nn.Cell):
         self.net = net
 
     def construct(self, tokens: Tensor, labels: Tensor, dropout_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        batch, length = tokens.shape
-        logits = self.net.head(self.net.model(tokens, dropout_key)).reshape(batch, length, 2)
+        return self.of_hidden(self.net.model(tokens, dropout_key), labels, dropout_key)
+
+    def of_hidden(self, hidden: Tensor, labels: Tensor, dropout_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As TokenLoss's."""
+        batch, length = labels.shape
+        logits = self.net.head(hidden).reshape(batch, length, 2)
         nll = -ops.log_softmax(logits, 1)
         starts = ops.cast(labels == ANSWER_STARTS, ms.float32)
         ends = ops.cast(labels == ANSWER_ENDS, ms.float32)

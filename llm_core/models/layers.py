@@ -1,4 +1,4 @@
-"""The parts with weights: linear layer, embedding, norm; and their deterministic initial values."""
+"""The parts with weights: linear layer, embedding, norm; who makes them; and their deterministic initial values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,52 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from llm_core import ops as core_ops
+from llm_core.models.alibi import AlibiBias
+
+
+class Parts:
+    """Makes the parts of a model, by name. Adapters and tensor parallelism give others in their places.
+
+    bf16: products are of bfloat16-rounded numbers.
+    """
+
+    def __init__(self, bf16: bool = False) -> None:
+        self.bf16 = bf16
+
+    def linear(
+        self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None
+    ) -> nn.Cell:
+        """A Cell that maps x [N, in] and a dropout key (or None) to [N, out]."""
+        return Linear(name, in_size, out_size, bias, std, seed, self.bf16)
+
+    def embedding(self, name: str, vocab_size: int, size: int, std: float, seed: int | None) -> nn.Cell:
+        """A Cell that maps ids [N] to [N, size]; its table is `embedding_weight`."""
+        return Embedding(name, vocab_size, size, std, seed)
+
+    def alibi(self, heads: int) -> nn.Cell:
+        """The position bias of these heads, see `AlibiBias`."""
+        return AlibiBias(heads)
+
+    def entry(self) -> nn.Cell | None:
+        """A Cell [N, hidden] -> [N, hidden] between a norm and the linear layers that read it; None = nothing."""
+        return None
+
+    def head_entry(self) -> nn.Cell | None:
+        """The same, between the last norm and the head."""
+        return None
+
+    def whole_logits(self) -> nn.Cell | None:
+        """A Cell from what the head gives to the logits of the whole vocabulary, [N, V]; None = that is what it gives.
+        """
+        return None
+
+    def token_nll(self) -> nn.Cell:
+        """The loss on what the head gives, see `ops.TokenNll`."""
+        return core_ops.TokenNll()
+
+    def linear_nll(self, frozen: bool) -> nn.Cell:
+        """The same from the head's input and matrix, see `ops.LinearNll`."""
+        return core_ops.LinearNll(self.bf16, frozen=frozen)
 
 
 def initial_normal(name: str, shape: tuple[int, ...], std: float, seed: int | None) -> Tensor:
@@ -36,8 +82,10 @@ def _generator(name: str, seed: int) -> np.random.Generator:
 class Linear(nn.Cell):
     """y = x weight^T (+ bias): x fp32 [N, in] -> fp32 [N, out]; `<name>.weight` [out, in], `<name>.bias` [out].
 
-    bf16: the product is of bfloat16-rounded numbers, see `ops.LinearProduct`.
+    bf16: the product is of bfloat16-rounded numbers, see `ops.LinearProduct`. is_plain: it does nothing else.
     """
+
+    is_plain = True
 
     def __init__(
         self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None, bf16: bool = False

@@ -47,9 +47,9 @@ def build_net(spec: DecoderSpec, pet: Any, seed: int | None, adapter_seed: int =
     if pet is None:
         return build_model(spec, seed=seed)
     if pet.pet_type == "lora":
-        from llm_core.peft.lora_linear import LoraFactory
+        from llm_core.peft.lora_linear import LoraParts
 
-        net = build_model(spec, LoraFactory(spec, pet, adapter_seed), seed)
+        net = build_model(spec, LoraParts(spec, pet, adapter_seed), seed)
     else:
         from llm_core.peft import prefix
 

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from llm_core import ops as core_ops
-from llm_core.models.layers import Linear, initial_normal, initial_uniform
+from llm_core.models.layers import Linear, Parts, initial_normal, initial_uniform
 from llm_core.models.spec import DecoderSpec
 from llm_core.peft.lora import LORA_A, LORA_B, MAGNITUDE, scaling, targets
 
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 NORMAL_DEVIATION = 0.01  # of MindSpore's initializer "normal"
 
 
-class LoraFactory:
-    """Makes a model's linear layers (see `models.decoder.LinearFactory`): those that `pet` targets with an update."""
+class LoraParts(Parts):
+    """A model's parts, of which the linear layers that `pet` targets have an update."""
 
     def __init__(self, spec: DecoderSpec, pet: LoraConfig, seed: int) -> None:
         """seed: of the update's initial values. Raises UserError if nothing is targeted."""
-        self._bf16, self._pet, self._seed = spec.bf16, pet, seed
+        super().__init__(spec.bf16)
+        self._pet, self._seed = pet, seed
         self._targets = targets(spec, pet)
 
-    def __call__(self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None) -> Linear:
+    def linear(self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None) -> Linear:
+        """As `Parts.linear`."""
         if name not in self._targets:
-            return Linear(name, in_size, out_size, bias, std, seed, self._bf16)
-        return LoraLinear(name, in_size, out_size, bias, std, seed, self._bf16, self._pet, self._seed)
+            return super().linear(name, in_size, out_size, bias, std, seed)
+        return LoraLinear(name, in_size, out_size, bias, std, seed, self.bf16, self._pet, self._seed)
 
 
 class LoraLinear(Linear):
@@ -47,6 +49,8 @@ class LoraLinear(Linear):
     constant (arXiv 2402.09353, section 4.3). Hugging Face's PEFT does the same without dropout; with dropout it drops x
     in both products, at the price of a third one.
     """
+
+    is_plain = False
 
     def __init__(
         self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None, bf16: bool,

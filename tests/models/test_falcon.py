@@ -55,11 +55,11 @@ def test_hidden_dropout_applies_to_the_sum_of_parallel_branches():
 
     from llm_core import ops as core_ops
     from llm_core.models.decoder import Block
-    from llm_core.models.layers import Linear
+    from llm_core.models.layers import Parts
 
     rate, layer, key = 0.25, 3, Tensor(core_ops.dropout_key(seed=1, step=2))
     spec = replace(falcon_cases.spec_of("7b_alibi"), hidden_dropout=rate)
-    block = Block(layer, spec, Linear, seed=0)
+    block = Block(layer, spec, Parts(), seed=0)
     x = np.random.RandomState(1).standard_normal((2 * 5, spec.hidden_size)).astype(np.float32)
     mask = core_ops.AttentionMask(spec.num_heads, spec.head_dim)(2, 5, 5)
     whole = block(Tensor(x), None, mask, None, 2).asnumpy() - x

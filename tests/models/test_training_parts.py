@@ -126,17 +126,18 @@ def check_recompute(step, spec, plain, config):
         np.testing.assert_array_equal(a, b)
 
 
-def test_layers_come_from_the_factory():
+def test_layers_come_from_the_parts():
     from llm_core.models.decoder import CausalLM
-    from llm_core.models.layers import Linear
+    from llm_core.models.layers import Parts
 
     asked = []
 
-    def linear(name, in_size, out_size, *rest):
-        asked.append((name, in_size, out_size))
-        return Linear(name, in_size, out_size, *rest)
+    class Noting(Parts):
+        def linear(self, name, in_size, out_size, *rest):
+            asked.append((name, in_size, out_size))
+            return super().linear(name, in_size, out_size, *rest)
 
-    CausalLM(SPEC, linear=linear)
+    CausalLM(SPEC, Noting())
     prefix = "model.layers.0."
     assert asked == [
         (prefix + "attention.wq", 32, 32),
