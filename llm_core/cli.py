@@ -128,6 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.enable()
 
 
+def load_run(argv: Sequence[str]) -> LoadedConfig:
+    """The run that a command line without a verb describes, loaded and checked as far as a file can be; UserError."""
+    return _load(_run_parser("run-llm"), list(argv))
+
+
 def _dispatch(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         verb = _VERBS.get(argv[0])

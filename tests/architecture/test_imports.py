@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "llm_core"
 
 LEVELS = [
+    {"launch"},
     {"cli", "api", "selftest", "bridge"},
     {"plan"},
     {"train", "infer", "evals"},

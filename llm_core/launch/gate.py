@@ -1,0 +1,223 @@
+"""Where the launchers of several machines meet before they start anything, and what they tell each other afterwards.
+
+They meet at the scheduler's own address and port, which is free until all are there; the connections stay open, so that
+a failure or a stop signal on one machine is known on all of them at once. Messages are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from llm_core.errors import EnvironmentFault
+from llm_core.launch.arguments import Job
+from llm_core.launch.failure import rank_list
+
+Message = dict[str, Any]
+_REMIND = 60.0  # seconds between two lines about who is missing
+
+
+class Stopped(Exception):
+    """A stop signal came while the launcher waited for the others."""
+
+
+class Links:
+    """Connections to the launchers of other nodes: node 0 has one to each, the others one to node 0.
+
+    A message that node 0 receives it passes on to the rest, so everybody hears of everything.
+    """
+
+    def __init__(self, sockets: dict[int, socket.socket]) -> None:
+        self._sockets = sockets
+        self._rest = dict.fromkeys(sockets, b"")
+
+    @property
+    def nodes(self) -> set[int]:
+        """Nodes that are connected."""
+        return set(self._sockets)
+
+    def send(self, message: Message, but: int | None = None) -> None:
+        """To all who are connected, except one."""
+        for node, link in self._sockets.items():
+            if node != but:
+                _send(link, message)
+
+    def receive(self) -> list[tuple[int, Message | None]]:
+        """What has come since the last call, as (node, message); None: that node's launcher is gone."""
+        found: list[tuple[int, Message | None]] = []
+        for node, link in list(self._sockets.items()):
+            while select.select([link], [], [], 0)[0]:
+                data = _receive(link)
+                if not data:
+                    del self._sockets[node]
+                    link.close()
+                    found.append((node, None))
+                    break
+                *lines, self._rest[node] = (self._rest[node] + data).split(b"\n")
+                found += [(node, json.loads(line)) for line in lines]
+        for node, message in found:
+            if message is not None:
+                self.send(message, but=node)
+        return found
+
+    def close(self) -> None:
+        """End all connections."""
+        for link in self._sockets.values():
+            link.close()
+        self._sockets.clear()
+
+
+def meet(job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object]) -> Links:
+    """Wait until the launchers of all nodes are here.
+
+    `say` gets a line about those that are missing now and then. EnvironmentFault names the ranks that have not come
+    within the job's timeout, Stopped ends the wait when `stopped()` is true.
+    """
+    if job.nodes == 1:
+        return Links({})
+    return _receive_others(job, address, say, stopped) if job.node == 0 else _join_first(job, address, say, stopped)
+
+
+def _receive_others(job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object]) -> Links:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        server = socket.create_server((address, job.port), family=family)
+    except OSError as error:
+        raise EnvironmentFault(f"port {job.port} of {job.address}: {error.strerror}") from None
+    present: dict[int, socket.socket] = {}
+    try:
+        with server:
+            for waited in _turns(job.timeout, stopped):
+                if len(present) == job.nodes - 1:
+                    break
+                missing = _missing(job, present)
+                if waited:
+                    say(f"waiting for {missing}")
+                if select.select([server], [], [], 0.2)[0]:
+                    _welcome(job, server, present)
+            else:
+                text = f"after {job.timeout} s there is no {_missing(job, present)}"
+                for link in present.values():
+                    _send(link, {"refused": text})
+                raise EnvironmentFault(
+                    f"{text}: start the same command there, with its own NODE_RANK; it must reach {address}:{job.port}"
+                )
+    except BaseException:
+        for link in present.values():
+            link.close()
+        raise
+    links = Links(present)
+    links.send({"go": True})
+    return links
+
+
+def _turns(timeout: float, stopped: Callable[[], object]) -> Any:
+    """Until the time is over; each value tells whether another reminder is due."""
+    start = reminded = time.monotonic()
+    while (now := time.monotonic()) < start + timeout:
+        if stopped():
+            raise Stopped
+        due = now - reminded >= _REMIND
+        if due:
+            reminded = now
+        yield due
+
+
+def _missing(job: Job, present: dict[int, socket.socket]) -> str:
+    nodes = [node for node in range(1, job.nodes) if node not in present]
+    ranks = rank_list(rank for node in nodes for rank in job.ranks_of(node))
+    return f"{ranks} (NODE_RANK {', '.join(map(str, nodes))} of {job.nodes} nodes)"
+
+
+def _welcome(job: Job, server: socket.socket, present: dict[int, socket.socket]) -> None:
+    """Take in who has come, if that is a launcher of this very job."""
+    link, (host, *_) = server.accept()
+    link.settimeout(5)
+    try:
+        hello = json.loads(_line(link))
+        node, sizes = hello["node"], (hello["ranks"], hello["local"])
+    except (OSError, ValueError, KeyError, TypeError):  # a port scanner, say
+        link.close()
+        return
+    refusal = ""
+    if sizes != (job.ranks, job.local):
+        refusal = f"N {sizes[0]} and LOCAL_N {sizes[1]}, but node 0 has {job.ranks} and {job.local}"
+    elif node in present or not 0 < node < job.nodes:
+        refusal = f"NODE_RANK {node} is taken; every machine needs its own, 0 to {job.nodes - 1}"
+    if refusal:
+        _send(link, {"refused": f"{host}: {refusal}"})
+        link.close()
+        return
+    link.settimeout(None)
+    present[node] = link
+
+
+def _join_first(job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object]) -> Links:
+    reason = "no answer"
+    for waited in _turns(job.timeout, stopped):
+        if waited:
+            say(f"waiting for node 0 at {address}:{job.port}: {reason}")
+        try:
+            link = socket.create_connection((address, job.port), timeout=5)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(0.3)
+            continue
+        _send(link, {"node": job.node, "ranks": job.ranks, "local": job.local})
+        answer = _await_answer(link, job, stopped)
+        if answer is None:  # what listened there was not a launcher: the scheduler of an earlier start, perhaps
+            link.close()
+            reason = "what listens there is no launcher of this job"
+            time.sleep(0.3)
+            continue
+        if "refused" in answer:
+            link.close()
+            raise EnvironmentFault(f"node 0 at {address}:{job.port}: {answer['refused']}")
+        link.settimeout(None)
+        return Links({0: link})
+    first = rank_list(job.ranks_of(0))
+    raise EnvironmentFault(
+        f"after {job.timeout} s there is no {first} (NODE_RANK 0) at {address}:{job.port}: {reason}"
+    )
+
+
+def _await_answer(link: socket.socket, job: Job, stopped: Callable[[], object]) -> Message | None:
+    """The first line of node 0; None if the connection ends before."""
+    link.settimeout(None)
+    for _ in _turns(job.timeout + 30, stopped):
+        if select.select([link], [], [], 0.2)[0]:
+            try:
+                link.settimeout(5)
+                return json.loads(_line(link))
+            except (OSError, ValueError):
+                return None
+    return None
+
+
+def _line(link: socket.socket) -> bytes:
+    """Up to the first line feed, which every message ends with; no byte more, they belong to the next one. OSError."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < 4096:
+        byte = link.recv(1)
+        if not byte:
+            raise ConnectionResetError
+        line += byte
+    return line
+
+
+def _send(link: socket.socket, message: Message) -> None:
+    try:
+        link.sendall(json.dumps(message).encode() + b"\n")
+    except OSError:
+        pass  # receive() will see that it is gone
+
+
+def _receive(link: socket.socket) -> bytes:
+    try:
+        return link.recv(65536)
+    except OSError:
+        return b""

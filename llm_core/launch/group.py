@@ -1,0 +1,385 @@
+"""One start of the group on this machine: msrun, the workers that it starts, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_core.launch import failure
+from llm_core.launch.arguments import Job
+from llm_core.launch.gate import Links
+
+_TICK = 0.2  # seconds
+_SETTLE = 3.0  # after a failure: the others may say what they have seen
+_QUIET = 1.0  # after the last worker's end: what the scheduler still has to say
+_USER_ERROR = 2
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGHUP of the launcher leave a note while this is open: how many came, and the first."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.count = 0
+
+    def __enter__(self) -> StopSignals:
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.first = self.first or number
+        self.count += 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start ended: exit code, lines to show, and whether another start could end in another way."""
+
+    code: int
+    lines: tuple[str, ...] = ()
+    worth_another: bool = False
+
+
+@dataclass
+class _Process:
+    """The scheduler, or the worker of a rank (`name`); its connection, the real process, and its end."""
+
+    name: str
+    link: socket.socket
+    pid: int
+    status: int | None = None
+    lost: bool = False  # its wrapper is gone without a word
+
+    @property
+    def label(self) -> str:
+        return self.name if self.name == "scheduler" else f"rank {self.name}"
+
+    @property
+    def log(self) -> str:
+        return "scheduler.log" if self.name == "scheduler" else f"worker_{self.name}.log"
+
+
+class Group:
+    """Started once, watched until nothing of it is left.
+
+    job: what to start; address: of node 0, as numbers. links: to the launchers of other nodes. shown: the rank whose
+    log is printed while it runs, if it is one of this machine's. stop: signals of the launcher.
+    """
+
+    def __init__(self, job: Job, address: str, links: Links, shown: int, stop: StopSignals) -> None:
+        self.job, self.address, self.links, self.stop = job, address, links, stop
+        self.token = secrets.token_hex(16)
+        self.processes: dict[str, _Process] = {}
+        self.failed: list[_Process] = []  # in the order of their ends
+        self.remote: dict | None = None  # the message of a node where something failed
+        self.finished_nodes: set[int] = set()
+        self.stopping: int | None = None
+        self.deadline = self.settled = self.quiet = float("inf")
+        self.follower = _Follower(job.log_dir / f"worker_{shown}.log")
+        self.selector = selectors.DefaultSelector()
+
+    def run(self) -> Outcome:
+        """Start, wait for the end, and leave no process behind."""
+        _clear(self.job)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"\0run_llm-{self.token}")  # an abstract name: no file, gone with the process
+        listener.listen(self.job.local + 1)
+        self.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+        with listener, open(self.job.log_dir / "msrun.log", "wb") as log:
+            msrun = subprocess.Popen(
+                _msrun_command(self.job, self.address), env=_environment(self.job, self.token),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            alive: list[_Process] = []
+            try:
+                while not self._over(msrun):
+                    self._turn(_TICK)
+                alive = [each for each in self._workers() if each.status is None and not each.lost]
+                states = {each.name: _state(each.pid) for each in alive}
+            finally:
+                left = kill_all(self.token)
+                msrun.wait()
+                self.follower.print_new()
+        outcome = self._outcome(msrun.returncode, alive, states)
+        if left:
+            outcome = Outcome(outcome.code or 1, (*outcome.lines, f"processes that cannot be killed: {left}"))
+        self._tell_others(outcome)
+        return outcome
+
+    # ---- while it runs ----
+
+    def _turn(self, seconds: float) -> None:
+        for key, _ in self.selector.select(seconds):
+            key.data()
+        self.follower.print_new()
+        for node, message in self.links.receive():
+            self._hear(node, message)
+        if self.stop.first is not None and self.stopping is None:
+            self._stop(self.stop.first)
+        if self.stop.count > 1:  # once more: at once
+            self.deadline = min(self.deadline, time.monotonic())
+
+    def _over(self, msrun: subprocess.Popen) -> bool:
+        now = time.monotonic()
+        workers = self._workers()
+        ended = len(workers) == self.job.local and all(each.status is not None or each.lost for each in workers)
+        if self.failed or self.remote is not None:
+            return ended or now > self.settled
+        if self.stopping is not None and now > self.deadline:
+            return True
+        if msrun.poll() is not None:
+            self._turn(0)  # what it said at last
+            return True
+        others = self.links.nodes - self.finished_nodes if self.job.node == 0 else set()
+        if ended and not others:
+            self.quiet = min(self.quiet, now + _QUIET)
+        return now > self.quiet
+
+    def _accept(self, listener: socket.socket) -> None:
+        link, _ = listener.accept()
+        buffer = bytearray()
+        self.selector.register(link, selectors.EVENT_READ, lambda: self._listen(link, buffer))
+
+    def _listen(self, link: socket.socket, buffer: bytearray) -> None:
+        data = _receive(link)
+        buffer += data
+        while b"\n" in buffer:
+            line, _, rest = bytes(buffer).partition(b"\n")
+            buffer[:] = rest
+            self._note(link, json.loads(line))
+        if not data:
+            self.selector.unregister(link)
+            link.close()
+            for each in self.processes.values():
+                if each.link is link and each.status is None:
+                    each.lost = True
+                    self._fail(each)
+
+    def _note(self, link: socket.socket, message: dict) -> None:
+        if "pid" in message:
+            self.processes[message["name"]] = _Process(message["name"], link, message["pid"])
+            if self.stopping is not None:
+                _send_signal(link, self.stopping)
+            return
+        process = self.processes[message["name"]]
+        process.status = message["status"]
+        stop = _stop_signal(process.status)
+        if stop is not None and self.stopping is None and process.name != "scheduler":
+            self._stop(stop)  # somebody stopped this one: the others may save as well
+        elif process.status != 0 and (stop is None or self.stopping is None):
+            self._fail(process)
+
+    def _fail(self, process: _Process) -> None:
+        if process.name == "scheduler" and self._workers() and all(each.status == 0 for each in self._workers()):
+            return
+        self.failed.append(process)
+        self.settled = min(self.settled, time.monotonic() + _SETTLE)
+
+    def _stop(self, number: int) -> None:
+        self.stopping = number
+        self.deadline = time.monotonic() + self.job.grace
+        for each in self._workers():
+            _send_signal(each.link, number)
+        self.links.send({"stop": number})
+
+    def _hear(self, node: int, message: dict | None) -> None:
+        if message is None:
+            if node not in self.finished_nodes and self.remote is None:
+                where = f"the launcher of node {node} is gone"
+                self.remote = {"failed": 1, "lines": [where], "worth_another": True}
+                self.settled = min(self.settled, time.monotonic())
+        elif "stop" in message and self.stopping is None:
+            self.stopping = message["stop"]
+            self.deadline = time.monotonic() + self.job.grace
+            for each in self._workers():
+                _send_signal(each.link, self.stopping)
+        elif "done" in message:
+            self.finished_nodes.add(message["done"])
+        elif "failed" in message and self.remote is None:
+            self.remote = message
+            self.settled = min(self.settled, time.monotonic())
+
+    def _workers(self) -> list[_Process]:
+        return [each for name, each in self.processes.items() if name != "scheduler"]
+
+    # ---- when it is over ----
+
+    def _outcome(self, msrun_code: int, alive: list[_Process], states: dict[str, str]) -> Outcome:
+        log_dir = self.job.log_dir
+        if self.failed:
+            first = self.failed[0]
+            status = -signal.SIGKILL if first.lost else int(first.status or 0)
+            lines = [f"{first.label} {failure.cause(status, log_dir / first.log)}"]
+            others = [each for each in self.failed[1:] if each.name != "scheduler"]
+            if others:
+                lines.append(f"{failure.rank_list(int(each.name) for each in others)} failed as well")
+            lines += failure.quote(log_dir / first.log)
+            if alive and failure.waited(log_dir / first.log):
+                for each in alive:
+                    how = "is stopped (SIGSTOP)" if states[each.name] in ("T", "t") else "was still running"
+                    lines.append(f"{each.label} did not answer: its process {each.pid} {how}")
+                    lines += failure.quote(log_dir / each.log, 5)
+            elif alive:
+                names = failure.rank_list(int(each.name) for each in alive)
+                lines.append(f"{names} ran on, and the launcher has ended them")
+            code = failure.exit_code(status)
+            return Outcome(code, tuple(lines), worth_another=self.stopping is None and code != _USER_ERROR)
+        if self.remote is not None:
+            return Outcome(self.remote["failed"], tuple(self.remote["lines"]), self.remote["worth_another"])
+        if self.stopping is not None:
+            name = signal.Signals(self.stopping).name
+            lines = [f"{name}: every rank has ended"]
+            if alive:
+                names = failure.rank_list(int(each.name) for each in alive)
+                lines = [f"{name}: after {self.job.grace} s there was still {names}, which the launcher has killed"]
+            return Outcome(128 + self.stopping, tuple(lines))
+        workers = self._workers()
+        if len(workers) == self.job.local and all(each.status == 0 for each in workers):
+            return Outcome(0)
+        lines = [f"msrun ended with code {msrun_code} before it had started every rank"]
+        return Outcome(msrun_code or 1, (*lines, *failure.quote(log_dir / "msrun.log")))
+
+    def _tell_others(self, outcome: Outcome) -> None:
+        if self.remote is None and outcome.code and self.stopping is None:
+            lines = [f"node {self.job.node}: {line}" for line in outcome.lines]
+            self.links.send({"failed": outcome.code, "lines": lines, "worth_another": outcome.worth_another})
+        else:
+            self.links.send({"done": self.job.node})
+        self.links.close()
+
+
+class _Follower:
+    """Prints the whole lines that a log has got since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset, self.open = path, 0, True
+
+    def print_new(self) -> None:
+        """Nothing while the log is not there, or once nobody reads the output any more."""
+        if not self.open or not self.path.exists():
+            return
+        with open(self.path, "rb") as log:
+            log.seek(self.offset)
+            data = log.read()
+        end = data.rfind(b"\n") + 1
+        self.offset += end
+        try:
+            sys.stdout.write(data[:end].decode("utf-8", errors="replace"))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self.open = False
+
+
+def kill_all(token: str) -> list[int]:
+    """SIGKILL to every process that carries the group's token in its environment; those that will not die."""
+    for _ in range(200):
+        found = members(token)
+        if not found:
+            return []
+        for pid in found:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+        time.sleep(0.05)
+    return found
+
+
+def members(token: str) -> list[int]:
+    """Processes that carry the token, whatever session or parent they have got into."""
+    mark = f"RUN_LLM_JOB={token}".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                environment = Path(f"/proc/{entry}/environ").read_bytes()
+            except OSError:
+                continue
+            if mark in environment.split(b"\0"):
+                found.append(int(entry))
+    return found
+
+
+def _msrun_command(job: Job, address: str) -> list[str]:
+    python = "python" if (Path(sys.executable).parent / "python").exists() else "python3"  # msrun knows these two names
+    return [
+        sys.executable, "-m", "mindspore.parallel.cluster.run",
+        f"--worker_num={job.ranks}", f"--local_worker_num={job.local}", f"--node_rank={job.node}",
+        f"--master_addr={address}", f"--master_port={job.port}", f"--cluster_time_out={job.timeout}",
+        f"--log_dir={job.log_dir.absolute()}", "--join=True", "--tail_worker_log=-2",  # no rank: it is done here
+        python, str(Path(__file__).with_name("worker.py")), str(job.grace), job.interpreter, *job.words,
+    ]  # fmt: skip
+
+
+def _environment(job: Job, token: str) -> dict[str, str]:
+    mine = str(Path(sys.executable).parent)
+    return os.environ | {
+        "PATH": f"{mine}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "RUN_LLM_JOB": token,
+        "RUN_LLM_NODE": str(job.node),
+        "LOCAL_WORLD_SIZE": str(job.local),
+        "PYTHONUNBUFFERED": "1",  # a log that ends where a killed process did
+    }
+
+
+def _clear(job: Job) -> None:
+    """Move the logs of an earlier start, of this machine's ranks, out of the way: into LOG_DIR/before."""
+    names = [f"worker_{rank}.log" for rank in job.ranks_of(job.node)]
+    if job.node == 0:
+        names += ["scheduler.log", "msrun.log"]
+        more = sorted(job.log_dir.glob("worker_*.log"))
+        names += [path.name for path in more if path.name not in names and _rank(path) >= job.ranks]
+    before = job.log_dir / "before"
+    for name in names:
+        if (job.log_dir / name).exists():
+            before.mkdir(exist_ok=True)
+            shutil.move(job.log_dir / name, before / name)
+
+
+def _rank(path: Path) -> int:
+    text = path.stem.removeprefix("worker_")
+    return int(text) if text.isdecimal() else -1
+
+
+def _stop_signal(status: int) -> int | None:
+    """The stop signal that a process followed: it says so by its code, or died of it before it could."""
+    number = -status if status < 0 else status - 128
+    return number if number in (signal.SIGTERM, signal.SIGINT) else None
+
+
+def _state(pid: int) -> str:
+    """The letter that /proc has for a process' state; "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _send_signal(link: socket.socket, number: int) -> None:
+    try:
+        link.sendall(bytes([number]))
+    except OSError:
+        pass  # _listen sees that it is gone
+
+
+def _receive(link: socket.socket) -> bytes:
+    try:
+        return link.recv(65536)
+    except OSError:
+        return b""

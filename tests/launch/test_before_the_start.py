@@ -1,0 +1,135 @@
+"""Checks that need no process: layout, devices, addresses, ports, folders; and the words about a failure."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_core.errors import EnvironmentFault, UserError
+from llm_core.launch import checks, failure
+from llm_core.launch.arguments import Job
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({
+        "run_mode": "train",
+        "use_parallel": True,
+        "context": {"device_target": "CPU"},
+        "parallel_config": {"data_parallel": 2, "model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 2},
+        "model": {"arch": {"type": "LlamaForCausalLM"}, "model_config": {"type": "LlamaConfig"}},
+    }))  # fmt: skip
+    return path
+
+
+def run(config: Path, ranks: int, *flags: str, local: int | None = None) -> Job:
+    words = (str(ROOT / "run_llm.py"), "--config", str(config), *flags)
+    return Job(words, ranks, local or ranks)
+
+
+def test_a_layout_that_fits_and_the_rank_that_knows_the_loss(config):
+    assert checks.shown_rank(run(config, 8), {}) == 4  # the first of the second stage
+    assert checks.shown_rank(run(config, 4, "--pp", "1"), {}) == 0
+    assert checks.shown_rank(Job(("other.py",), 3, 3), {}) == 0
+
+
+def test_a_layout_that_does_not_fit_names_three_numbers_and_their_lines(config):
+    with pytest.raises(UserError) as caught:
+        checks.shown_rank(run(config, 8, "--mp", "1"), {})
+    text = str(caught.value)
+    line = 1 + config.read_text().splitlines().index("  data_parallel: 2")
+    assert f"data_parallel 2 ({config}:{line})" in text and "model_parallel 1 (--mp)" in text
+    assert "= 4 ranks, but N is 8" in text
+
+
+@pytest.mark.parametrize("flags", [["--dp", "4"], ["--mp", "1"], ["--pp", "1"]])
+def test_each_of_the_three_counts(config, flags):
+    with pytest.raises(UserError, match="but N is 8"):
+        checks.shown_rank(run(config, 8, *flags), {})
+
+
+def test_faults_of_the_configuration_come_before_any_process(config):
+    with pytest.raises(UserError, match="did you mean"):
+        checks.shown_rank(run(config, 8, "--runner_config.batch_siz", "2"), {})
+    with pytest.raises(UserError, match="use_parallel is False"):
+        checks.shown_rank(run(config, 8, "--use_parallel", "False"), {})
+
+
+def test_more_processes_than_listed_devices():
+    listed = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    with pytest.raises(UserError, match=r"4 processes.*2 devices are listed \(0, 1\)"):
+        checks.shown_rank(Job(("other.py",), 4, 4), listed)
+    assert checks.shown_rank(Job(("other.py",), 4, 2), listed) == 0
+
+
+def test_a_run_on_the_cpu_asks_for_no_device(config):
+    assert checks.shown_rank(run(config, 8), {"CUDA_VISIBLE_DEVICES": "0"}) == 4
+
+
+def test_addresses():
+    assert checks.resolve(Job(("x",), 2, 2)) == "127.0.0.1"
+    assert checks.resolve(Job(("x",), 2, 1, address="127.0.0.1")) == "127.0.0.1"
+    with pytest.raises(EnvironmentFault, match="ADDR no-such-host.invalid"):
+        checks.resolve(Job(("x",), 2, 2, address="no-such-host.invalid"))
+    with pytest.raises(EnvironmentFault, match="localhost is .* no other machine can reach"):
+        checks.resolve(Job(("x",), 2, 1, address="localhost"))
+
+
+def test_ports(tmp_path):
+    with ExitStack() as keep, socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(EnvironmentFault, match=f"port {taken} of 127.0.0.1: Address already in use"):
+            checks.reserve(Job(("x",), 2, 2, port=taken, port_given=True, log_dir=tmp_path / "a"), keep)
+        job = checks.reserve(Job(("x",), 2, 2, port=taken, log_dir=tmp_path / "b"), keep)
+        assert job.port > taken and f"port {taken}: " in job.notes[0]
+        # its scheduler does not listen yet, but the port is spoken for
+        again = checks.reserve(Job(("x",), 2, 2, port=job.port, log_dir=tmp_path / "c"), keep)
+        assert again.port > job.port
+
+
+def test_two_launchers_in_one_log_folder(tmp_path):
+    job = Job(("x",), 2, 2, log_dir=tmp_path / "logs")
+    with ExitStack() as keep:
+        checks.reserve(job, keep)
+        with pytest.raises(EnvironmentFault, match="in use by a launcher"):
+            checks.reserve(job, keep)
+    with ExitStack() as keep:
+        checks.reserve(job, keep)
+
+
+def test_a_log_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with ExitStack() as keep, pytest.raises(EnvironmentFault, match="LOG_DIR .*file/logs"):
+        checks.reserve(Job(("x",), 2, 2, log_dir=tmp_path / "file/logs"), keep)
+
+
+def test_codes_and_causes(tmp_path):
+    log = tmp_path / "worker_1.log"
+    log.write_text("step 1\nTraceback (most recent call last):\n  File x\nmine.ShapeError: 3 is not 4\nbye\n\n")
+    assert failure.exit_code(-signal.SIGKILL) == 137 and failure.exit_code(3) == 3
+    assert failure.cause(3, log) == "ended with code 3: mine.ShapeError: 3 is not 4"
+    assert "SIGKILL" in failure.cause(-signal.SIGKILL, log) and "SIGSEGV" in failure.cause(-signal.SIGSEGV, log)
+    assert failure.cause(2, tmp_path / "none") == "ended with code 2"
+
+
+def test_the_end_of_a_log(tmp_path):
+    log = tmp_path / "worker_1.log"
+    log.write_bytes(b"x" * 100_000 + b"\n10%\r20%\r\n" + "ä\n".encode() * 30 + b"\xff last")
+    lines = failure.last_lines(log, 33)
+    assert lines[-1].endswith("last") and lines[-2] == "ä" and lines[:2] == ["10%", "20%"]
+    assert len(failure.quote(log)) == 21
+    assert failure.quote(tmp_path / "none") == [f"  {tmp_path / 'none'} is empty"]
+
+
+def test_lists_of_ranks():
+    assert failure.rank_list([3]) == "rank 3"
+    assert failure.rank_list([7, 0, 1, 2]) == "ranks 0-2 and 7"
+    assert failure.rank_list([0, 2, 4]) == "ranks 0, 2 and 4"
