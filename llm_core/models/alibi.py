@@ -28,12 +28,12 @@ class AlibiBias(nn.Cell):
     """Positions of the keys int32 [N, K] -> the bias fp32 [N, heads, K] of AttentionMask and CacheMask.
 
     Slopes, positions and products are rounded to bfloat16, as in training and in HF: beyond position 256 several
-    positions share a value.
+    positions share a value. heads: of the whole model; own: those that the bias is for.
     """
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int, own: slice = slice(None)):
         super().__init__(auto_prefix=False)
-        self.slopes = Tensor(alibi_slopes(heads).reshape(1, heads, 1))
+        self.slopes = Tensor(np.ascontiguousarray(alibi_slopes(heads)[own]).reshape(1, -1, 1))
 
     def construct(self, positions: Tensor) -> Tensor:
         exact = ops.cast(ops.expand_dims(positions, 1), ms.float32)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from llm_core import ops as core_ops
 from llm_core.models.layers import Norm, Parts
@@ -269,9 +269,13 @@ class CausalLM(nn.Cell):
         """Whether the head is a product with one matrix and nothing else, so that a loss may work on the matrix."""
         return self.lm_head is None or (self.lm_head.is_plain and self.lm_head.bias is None)
 
+    def head_parameter(self) -> Parameter:
+        """What is held of the matrix of a plain head."""
+        return self.model.tok_embeddings.embedding_weight if self.lm_head is None else self.lm_head.weight
+
     def head_weight(self) -> Tensor:
         """The matrix [V, hidden] of a plain head."""
-        return self.model.tok_embeddings.embedding_weight if self.lm_head is None else self.lm_head.weight
+        return self.model.tok_embeddings.used_weight() if self.lm_head is None else self.lm_head.used_weight()
 
     def head(self, hidden: Tensor, key: Tensor | None = None) -> Tensor:
         """Hidden states [N, hidden] and a dropout key -> logits [N, V]."""
@@ -281,7 +285,7 @@ class CausalLM(nn.Cell):
     def own_logits(self, hidden: Tensor, key: Tensor | None = None) -> Tensor:
         """As `head`, of the part of the vocabulary that this head has: all of it, unless `parts` cuts it."""
         if self.lm_head is None:
-            return self.tied_product(hidden, self.model.tok_embeddings.embedding_weight)
+            return self.tied_product(hidden, self.model.tok_embeddings.used_weight())
         return self.lm_head(hidden, key)
 
     def construct(self, tokens: Tensor) -> Tensor:

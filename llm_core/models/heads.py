@@ -76,7 +76,7 @@ class TokenClassifier(nn.Cell):
 def _fresh_head(spec: DecoderSpec, seed: int | None) -> Linear:
     """The head at a training's start. Never zero: the checkpoint of a base model has no head to be loaded."""
     name, std = HEAD_NAMES[spec.head], spec.initializer_range
-    return Linear(name, spec.hidden_size, spec.num_labels, spec.head_has_bias, std, seed or 0, bf16=spec.bf16)
+    return Linear(name, spec.hidden_size, spec.num_labels, spec.head_has_bias, std, seed or 0, Parts(spec.bf16))
 
 
 def head_is_fresh(net: TokenClassifier) -> bool:
@@ -110,7 +110,7 @@ class TokenLoss(nn.Cell):
         self.net = net
         self.fused = net.head_is_plain()
         if self.fused:
-            self.nll = net.parts.linear_nll(frozen=not net.head_weight().requires_grad)
+            self.nll = net.parts.linear_nll(frozen=not net.head_parameter().requires_grad)
         else:
             self.nll = net.parts.token_nll()
 

@@ -153,7 +153,8 @@ def _cut(name: str, shape: tuple[int, ...], spec: DecoderSpec, layout: Layout, s
     stages = _stages(name, spec, layout, stage_of)
     cut = Cut(shape, axis, parts, stages, partial, zero=False)
     large = prod(cut.part_shape) * _BYTES >= layout.zero_threshold
-    zero = layout.zero > 0 and layout.dp > 1 and cut.part_shape[0] % layout.dp == 0 and large
+    is_prefix = name.startswith(_ADAPTER)
+    zero = layout.zero > 0 and layout.dp > 1 and cut.part_shape[0] % layout.dp == 0 and large and not is_prefix
     return replace(cut, zero=zero)
 
 

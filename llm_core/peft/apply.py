@@ -14,6 +14,8 @@ from llm_core.peft import lora
 if TYPE_CHECKING:
     from mindspore import nn
 
+    from llm_core.models.decoder import Piece
+    from llm_core.models.layers import Parts
     from llm_core.models.spec import DecoderSpec
 
 ADAPTER_MARK = "mindpet_delta"
@@ -35,26 +37,32 @@ def adapter_shapes(spec: DecoderSpec, pet: Any) -> dict[str, tuple[int, ...]]:
     return prefix.shapes(spec, pet)
 
 
-def build_net(spec: DecoderSpec, pet: Any, seed: int | None, adapter_seed: int = 0) -> nn.Cell:
+def build_net(
+    spec: DecoderSpec, pet: Any, seed: int | None, adapter_seed: int = 0, parts: Parts | None = None,
+    piece: Piece | None = None,
+) -> nn.Cell:  # fmt: skip
     """The network of `spec`, with the adapter of `pet` (LoraConfig, PrefixTuningConfig, PTuning2Config or None) on it.
 
     seed: of the base's weights, None = zeros, for a base about to be loaded. With an adapter only its parameters can be
     trained, and the head of a classifier, which no base has; freeze_include and freeze_exclude of LoRA change that.
+    parts, piece: what a rank holds of it, see `models.heads.build_model`.
     Raises UserError for targets that match nothing.
     """
     from llm_core.models.heads import build_model
+    from llm_core.models.layers import Parts
 
+    parts = parts or Parts(spec.bf16)
+    if pet is not None and pet.pet_type == "lora":
+        from llm_core.peft.lora_linear import LoraFactory
+
+        parts.make_linear = LoraFactory(spec, pet, adapter_seed)
+    net = build_model(parts.local(spec), parts, seed, piece)
     if pet is None:
-        return build_model(spec, seed=seed)
-    if pet.pet_type == "lora":
-        from llm_core.peft.lora_linear import LoraParts
-
-        net = build_model(spec, LoraParts(spec, pet, adapter_seed), seed)
-    else:
+        return net
+    if pet.pet_type != "lora":
         from llm_core.peft import prefix
 
-        net = build_model(spec, seed=seed)
-        prefix.attach(net, pet, adapter_seed)
+        prefix.attach(net, spec, pet, adapter_seed)
     for parameter in net.get_parameters():
         parameter.requires_grad = is_trainable(parameter.name, spec, pet)
     net.graph_key = {"adapter": pet}

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 NORMAL_DEVIATION = 0.01  # of MindSpore's initializer "normal"
 
 
-class LoraParts(Parts):
-    """A model's parts, of which the linear layers that `pet` targets have an update."""
+class LoraFactory:
+    """Makes a model's linear layers (`Parts.make_linear`), those that `pet` targets with an update."""
 
     def __init__(self, spec: DecoderSpec, pet: LoraConfig, seed: int) -> None:
         """seed: of the update's initial values. Raises UserError if nothing is targeted."""
-        super().__init__(spec.bf16)
         self._pet, self._seed = pet, seed
         self._targets = targets(spec, pet)
 
-    def linear(self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None) -> Linear:
-        """As `Parts.linear`."""
+    def __call__(
+        self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None, parts: Parts
+    ) -> Linear:
         if name not in self._targets:
-            return super().linear(name, in_size, out_size, bias, std, seed)
-        return LoraLinear(name, in_size, out_size, bias, std, seed, self.bf16, self._pet, self._seed)
+            return Linear(name, in_size, out_size, bias, std, seed, parts)
+        return LoraLinear(name, in_size, out_size, bias, std, seed, parts, self._pet, self._seed)
 
 
 class LoraLinear(Linear):
@@ -53,16 +53,22 @@ class LoraLinear(Linear):
     is_plain = False
 
     def __init__(
-        self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None, bf16: bool,
+        self, name: str, in_size: int, out_size: int, bias: bool, std: float, seed: int | None, parts: Parts,
         pet: LoraConfig, adapter_seed: int,
     ) -> None:  # fmt: skip
-        super().__init__(name, in_size, out_size, bias, std, seed, bf16)
+        super().__init__(name, in_size, out_size, bias, std, seed, parts)
         a_name, b_name = f"{name}.{LORA_A}", f"{name}.{LORA_B}"
         a_shape, b_shape = (pet.lora_rank, in_size), (out_size, pet.lora_rank)
-        self.lora_a = Parameter(_initial(pet.lora_a_init, a_name, a_shape, adapter_seed), name=a_name)
-        self.lora_b = Parameter(_initial(pet.lora_b_init, b_name, b_shape, adapter_seed), name=b_name)
+        self.lora_a = Parameter(
+            parts.tensor(a_name, a_shape, lambda shape: _initial(pet.lora_a_init, a_name, shape, adapter_seed)),
+            name=a_name,
+        )
+        self.lora_b = Parameter(
+            parts.tensor(b_name, b_shape, lambda shape: _initial(pet.lora_b_init, b_name, shape, adapter_seed)),
+            name=b_name,
+        )
         self.scaling = scaling(pet)
-        update_bf16 = bf16 if pet.compute_dtype is None else pet.compute_dtype == "bfloat16"
+        update_bf16 = parts.bf16 if pet.compute_dtype is None else pet.compute_dtype == "bfloat16"
         self.down, self.up = core_ops.LinearProduct(update_bf16), core_ops.LinearProduct(update_bf16)
         self.drop = core_ops.Dropout(pet.lora_dropout, _site(name)) if pet.lora_dropout else None
         self.magnitude = None
@@ -76,6 +82,7 @@ class LoraLinear(Linear):
             seen = self.drop(x, key)
         low = self.down(seen, self.lora_a) * self.scaling
         y = self.product(x, self.weight) + self.up(low, self.lora_b)
+        y = y if self.exit is None else self.exit(y)
         if self.magnitude is not None:
             y = y * (self.magnitude / ops.stop_gradient(self.row_norms()))
         return y if self.bias is None else self.add_bias(y, self.bias)
@@ -92,7 +99,7 @@ class LoraLinear(Linear):
         self.magnitude.set_data(Tensor(norms.astype(np.float32), dtype=ms.float32))
 
 
-def _initial(kind: str, name: str, shape: tuple[int, int], seed: int) -> Tensor:
+def _initial(kind: str, name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
     """he_uniform is MindFormers' HeUniform(sqrt 5): uniform within 1 / sqrt(in), as of torch's own linear layers."""
     if kind == "he_uniform":
         return initial_uniform(name, shape, 1 / math.sqrt(shape[1]), seed)

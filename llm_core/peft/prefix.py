@@ -78,12 +78,13 @@ def shapes(spec: DecoderSpec, pet: PrefixTuningConfig | PTuning2Config) -> dict[
     return by_name
 
 
-def attach(net: nn.Cell, pet: PrefixTuningConfig | PTuning2Config, seed: int | None) -> None:
-    """Give a network of models/heads.py the prefix that `pet` describes.
+def attach(net: nn.Cell, spec: DecoderSpec, pet: PrefixTuningConfig | PTuning2Config, seed: int | None) -> None:
+    """Give a network of models/heads.py, made for the model `spec`, the prefix that `pet` describes.
 
     seed: of its initial values, None = zeros, for an adapter about to be loaded. Raises UserError as `shapes`.
     """
     from llm_core.peft.prefix_encoder import PrefixEncoder
 
-    shapes(net.spec, pet)
-    net.model.set_prefix(PrefixEncoder(net.spec, facts(pet), seed), facts(pet).length)
+    shapes(spec, pet)
+    encoder = PrefixEncoder(spec, facts(pet), seed, net.parts.own_kv_heads())
+    net.model.set_prefix(encoder, facts(pet).length)

@@ -17,15 +17,19 @@ class PrefixEncoder(nn.Cell):
 
     The table starts as normal(0, 1) before an MLP, whose first layer keeps that deviation and whose second has the
     model's own (initializer_range); without an MLP the table itself has the model's. Positions differ from the start.
+
+    own: the key/value heads that are wanted of it.
     """
 
-    def __init__(self, spec: DecoderSpec, facts: PrefixFacts, seed: int | None):
+    def __init__(self, spec: DecoderSpec, facts: PrefixFacts, seed: int | None, own: slice = slice(None)):
         super().__init__(auto_prefix=False)
         self.shape = (facts.length, spec.num_kv_heads, spec.head_dim)
         self.layers, self.kv_size = spec.num_layers, spec.kv_size
         channels, std = width(spec), spec.initializer_range
         table_std = 1.0 if facts.middle else std
-        self.table = Parameter(initial_normal(facts.table, (facts.length, channels), table_std, seed), name=facts.table)
+        table = initial_normal(facts.table, (facts.length, channels), table_std, seed)
+        self.table = Parameter(Tensor(table), name=facts.table)
+        self.first, self.end, _ = own.indices(spec.num_kv_heads)
         self.projects = facts.middle > 0
         if self.projects:
             self.inner = Linear(f"{facts.mlp}.0", channels, facts.middle, True, channels**-0.5, seed)
@@ -43,5 +47,9 @@ class PrefixEncoder(nn.Cell):
         parts = ops.split(x, self.kv_size, -1)
         pairs = ()
         for i in range(self.layers):
-            pairs = pairs + ((parts[2 * i].reshape(self.shape), parts[2 * i + 1].reshape(self.shape)),)
+            pairs = pairs + ((self._own(parts[2 * i]), self._own(parts[2 * i + 1])),)
         return pairs
+
+    def _own(self, x: Tensor) -> Tensor:
+        """[P, kv channels] -> [P, own heads, D]."""
+        return x.reshape(self.shape)[:, self.first : self.end]

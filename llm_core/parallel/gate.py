@@ -1,0 +1,128 @@
+"""Where ranks wait for each other as long as it takes, and exchange a few bytes: a rendezvous over TCP.
+
+MindSpore's collectives on a CPU fail when a rank is 30 s late. Compiling and saving take ranks unequal times, so they
+meet here first. Rank 0 serves; every rank, rank 0 too, is a client with one connection. A rank that ends while others
+wait is reported to them by its number.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import struct
+import threading
+
+from llm_core.errors import EnvironmentFault
+
+_LENGTH = struct.Struct("!Q")
+_CONNECT_SECONDS = 60.0
+
+
+class GateServer:
+    """Rank 0's end: answers a meeting's members when all `world` of them have come."""
+
+    def __init__(self, host: str, world: int) -> None:
+        self.token = secrets.randbits(62)
+        self._world = world
+        self._listener = socket.create_server((host, 0), backlog=world)
+        self.port = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+        self._members: dict[int, socket.socket] = {}
+        self._meetings: dict[str, dict[int, str]] = {}
+        self._gone: int | None = None
+        threading.Thread(target=self._accept, name="gate", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """One client's messages, until it is gone."""
+        try:
+            hello = _receive(connection)
+        except (OSError, ValueError):
+            hello = None
+        if not isinstance(hello, dict) or hello.get("token") != self.token:
+            connection.close()
+            return
+        rank = int(hello["rank"])
+        with self._lock:
+            self._members[rank] = connection
+        try:
+            while (message := _receive(connection)) is not None:
+                self._arrive(rank, message)
+        except OSError:
+            pass
+        self._leave(rank)
+
+    def _arrive(self, rank: int, message: dict) -> None:
+        with self._lock:
+            meeting = self._meetings.setdefault(message["name"], {})
+            meeting[rank] = message["value"]
+            if self._gone is not None:
+                _send(self._members[rank], {"gone": self._gone})
+            elif len(meeting) == self._world:
+                del self._meetings[message["name"]]
+                values = [meeting[i] for i in range(self._world)]
+                for member in self._members.values():
+                    _send(member, {"values": values})
+
+    def _leave(self, rank: int) -> None:
+        """Tell those who wait, now and later, that one will never come."""
+        with self._lock:
+            self._gone = rank if self._gone is None else self._gone
+            for waiting in {member for meeting in self._meetings.values() for member in meeting}:
+                try:
+                    _send(self._members[waiting], {"gone": self._gone})
+                except OSError:
+                    continue
+
+
+class Gate:
+    """A rank's end of the rendezvous."""
+
+    def __init__(self, host: str, port: int, token: int, rank: int) -> None:
+        self._rank = rank
+        self._connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+        self._connection.settimeout(None)
+        _send(self._connection, {"token": token, "rank": rank})
+
+    def meet(self, name: str, value: str = "") -> list[str]:
+        """Wait until every rank has come to the meeting `name`; returns their values, by rank.
+
+        All ranks hold the same meetings in the same order. Raises EnvironmentFault when one has ended.
+        """
+        try:
+            _send(self._connection, {"name": name, "value": value})
+            answer = _receive(self._connection)
+        except OSError:
+            answer = None
+        if answer is None:
+            raise EnvironmentFault(f"rank {self._rank}: rank 0 has ended; its log says why")
+        if "gone" in answer:
+            raise EnvironmentFault(f"rank {self._rank}: rank {answer['gone']} has ended; its log says why")
+        return answer["values"]
+
+
+def _send(connection: socket.socket, message: dict) -> None:
+    content = json.dumps(message).encode()
+    connection.sendall(_LENGTH.pack(len(content)) + content)
+
+
+def _receive(connection: socket.socket) -> dict | None:
+    """The next message; None when the other end is closed."""
+    head = _exactly(connection, _LENGTH.size)
+    content = None if head is None else _exactly(connection, _LENGTH.unpack(head)[0])
+    return None if content is None else json.loads(content)
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes | None:
+    received = bytearray()
+    while len(received) < count:
+        piece = connection.recv(min(count - len(received), 1 << 20))
+        if not piece:
+            return None
+        received += piece
+    return bytes(received)
