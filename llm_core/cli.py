@@ -98,7 +98,7 @@ verbs:
   list-cfg [-p PATTERN]        names of the packaged runs
   copy-cfg NAME DIR            copy a packaged run, with its layers, to edit it
   show-cfg --config C [--all]  the merged run, and where each value was written
-  plan --config C              parameters by part, trainable and total, without building the model
+  plan --config C [--devices N] [--device NAME]   parameters, memory, traffic and time: an estimate
   check --config C             check config, data, tokenizer, checkpoint and disk before a long run
   chat --config C              an interactive prompt
   show-data FILE               records, decoded, with what carries loss marked
@@ -266,10 +266,13 @@ def _schema(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    loaded = _load(_run_parser("run-llm plan"), argv)
+    parser = _run_parser("run-llm plan")
+    parser.add_argument("--devices", type=int, metavar="N", help="look for layouts of N devices")
+    parser.add_argument("--device", metavar="NAME", help="910A, 910B, A100, H100, H200, cpu; default: the run file's")
+    loaded, args = _load_with(parser, argv)
     from llm_core.plan import plan
 
-    print(plan(loaded), end="")
+    print(plan(loaded, args.devices, args.device), end="")
     return 0
 
 
@@ -398,6 +401,11 @@ def _dotted(extras: list[str]) -> list[tuple[str, str, str]]:
 
 
 def _load(parser: _Parser, argv: list[str]) -> LoadedConfig:
+    return _load_with(parser, argv)[0]
+
+
+def _load_with(parser: _Parser, argv: list[str]) -> tuple[LoadedConfig, argparse.Namespace]:
+    """The run, and what the parser's own flags say."""
     args, extras = parser.parse_known_args(argv)
     overrides = [*args.overrides, *_dotted(extras)]
     if args.config is None:
@@ -410,7 +418,7 @@ def _load(parser: _Parser, argv: list[str]) -> LoadedConfig:
         from llm_core.report.console import console
 
         console.configure(verbosity=-1 if args.quiet else 1)
-    return loaded
+    return loaded, args
 
 
 if __name__ == "__main__":

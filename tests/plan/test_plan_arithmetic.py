@@ -1,0 +1,189 @@
+"""The planner's arithmetic against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llm_core.config import load_config
+from llm_core.parallel.layout import Layout
+from llm_core.plan import estimate
+from llm_core.plan.devices import device_named
+from llm_core.plan.job import Job, job_of
+from llm_core.plan.memory import MIB
+from llm_core.plan.search import Planner
+
+# The demo's Llama: 4 layers, 256 wide, 8 heads over 4, feed-forward 688, 4096 pieces.
+LAYER = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688 + 2 * 256
+TABLE = 4096 * 256
+DEMO = 4 * LAYER + 2 * TABLE + 256
+ALL = Layout(zero_threshold=0)
+
+
+def demo_job(name: str = "pretrain_llama_demo", device: str = "910B", **changes: object) -> Job:
+    """The demo's job on a device, 32 records of 256 tokens an update, a row at a time."""
+    return replace(job_of(load_config(name), device, 1, 1), **{"rows": 1, "records": 32, **changes})
+
+
+def test_one_process_holds_everything():
+    memory = estimate(load_config("pretrain_llama_demo")).fullest
+    assert (memory.weights, memory.gradients, memory.state) == (4 * DEMO, 4 * DEMO, 8 * DEMO)
+    assert memory.logits == 0  # a few rows at a time
+
+
+@pytest.mark.parametrize(("zero", "weights", "sums", "state"), [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)])
+def test_zero_with_four_ranks_leaves_a_quarter(zero: int, weights: int, sums: int, state: int):
+    found = Planner(demo_job()).estimate(replace(ALL, dp=4, zero=zero)).fullest
+    assert found.weights == 4 * DEMO // weights
+    assert found.gradients == 4 * (DEMO + DEMO // sums)  # of one micro-batch, and the sums of eight
+    assert found.state == 8 * DEMO // state
+
+
+def test_small_tensors_stay_whole_under_zero():
+    found = Planner(demo_job()).estimate(Layout(dp=4, zero=3)).fullest  # threshold 64 KB: the norms are 1 KB
+    norms = 9 * 256
+    assert found.weights == 4 * (norms + (DEMO - norms) // 4)
+
+
+def test_tensor_parallelism_halves_the_layers_and_the_head():
+    found = Planner(demo_job()).estimate(Layout(tp=2)).fullest
+    held = 4 * ((LAYER - 2 * 256) // 2 + 2 * 256) + TABLE + TABLE // 2 + 256  # vocab_emb_dp: the table is whole
+    assert found.weights == 4 * held
+    cut = Planner(demo_job()).estimate(Layout(tp=2, whole_embedding=False)).fullest
+    assert cut.weights == 4 * (held - TABLE // 2)
+
+
+def test_more_tensor_ranks_than_key_heads_share_their_slices():
+    found = Planner(demo_job()).estimate(Layout(tp=8)).fullest
+    layer = (2 * 256 * 256 + 3 * 256 * 688) // 8 + 2 * 256 * 128 // 4 + 2 * 256
+    assert found.weights == 4 * (4 * layer + TABLE + TABLE // 8 + 256)
+
+
+def test_stages_hold_their_layers_and_the_ends_the_tables():
+    found = Planner(demo_job(records=32)).estimate(Layout(pp=3))
+    assert [len(layers) for layers in found.layers] == [2, 1, 1]
+    weights = [found.memory[stage].weights for stage in range(3)]
+    assert weights == [4 * (2 * LAYER + TABLE), 4 * LAYER, 4 * (LAYER + 256 + TABLE)]
+
+
+def test_a_tied_table_lies_on_both_ends():
+    found = Planner(demo_job("pretrain_falcon_demo")).estimate(Layout(pp=2))
+    layer = 2 * 256 * 256 + 2 * 32 * 256 + 2 * 256 * 1024 + 2 * 256
+    assert found.memory[0].weights == 4 * (2 * layer + 4096 * 256)
+    assert found.memory[1].weights == 4 * (2 * layer + 2 * 256 + 4096 * 256)
+    assert found.traffic[0].gradients == found.traffic[1].gradients == 4 * 4096 * 256  # summed over the two
+
+
+def test_70b_by_two_by_four_by_eight():
+    found = estimate(load_config("pretrain_llama2_70b"))
+    layer = (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672) // 4 + 2 * 8192
+    first = found.memory[0]
+    assert first.weights == 4 * (10 * layer + 32000 * 8192 // 4)  # vocab_emb_dp False
+    assert found.memory[3].weights == 4 * 10 * layer
+    norms = 20 * 8192
+    assert found.memory[3].state == 8 * (norms + (10 * layer - norms) // 2)  # ZeRO 1 over dp 2; norms are 32 KB
+
+
+@pytest.mark.parametrize("name", ["lora_llama_demo", "prefixtuning_llama_demo"])
+def test_frozen_weights_have_no_gradients(name: str):
+    one = Planner(demo_job(name)).estimate(Layout()).fullest
+    if name.startswith("lora"):
+        adapter = 4 * 8 * (2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 688))
+    else:
+        width = 2 * 4 * 128  # keys and values of four layers
+        adapter = 16 * width + 128 * width + 128 + width * 128 + width
+    assert one.weights == 4 * (DEMO + adapter)
+    assert (one.gradients, one.state) == (8 * adapter, 8 * adapter)  # with the sums
+    stage = Planner(demo_job(name)).estimate(Layout(pp=2)).memory[0]
+    assert stage.state == 8 * (adapter // 2 if name.startswith("lora") else adapter)  # a prefix is on every stage
+
+
+def test_activations_of_a_layer_on_a_cpu():
+    """x, two norms and the sum between (256 each), q and the output (256), k and v (128), 3 of 688, 8 log sums."""
+    layer = 4 * 256 + 2 * 256 + 2 * 128 + 3 * 688 + 8
+    found = Planner(demo_job(device="cpu", rows=8)).estimate(Layout())
+    assert found.fullest.activations == 4 * 8 * 256 * (4 * layer + 3 * 256 + 3 * 688)
+
+
+def test_recomputing_keeps_the_inputs_of_layers_but_not_on_a_cpu():
+    plain, again = (Planner(demo_job(recompute=flag)).estimate(Layout()) for flag in (False, True))
+    assert again.fullest.activations < plain.fullest.activations / 2
+    assert again.time.products > 1.2 * plain.time.products
+    plain, again = (Planner(demo_job(device="cpu", recompute=flag)).estimate(Layout()) for flag in (False, True))
+    assert again.fullest.activations == plain.fullest.activations
+
+
+def test_logits_of_an_accelerator_and_of_a_cut_head():
+    assert Planner(demo_job(rows=2)).estimate(Layout()).fullest.logits == 4 * 3 * 2 * 256 * 4096
+    found = Planner(demo_job(device="cpu", rows=2)).estimate(Layout(tp=2)).fullest
+    assert found.logits == 4 * 2 * 256 * 4096 // 2
+
+
+@pytest.mark.parametrize(
+    ("device", "zero", "gradients", "gathers"),
+    [
+        ("910B", 0, 2 * 3 / 4, 0), ("910B", 1, 3 / 4, 3 / 4), ("910B", 2, 8 * 3 / 4, 3 / 4),
+        ("910B", 3, 8 * 3 / 4, 16 * 3 / 4), ("cpu", 1, 2 * 3 / 4, 2 * 3 / 4), ("cpu", 3, 16 * 3 / 4, 32 * 3 / 4),
+    ],
+)  # fmt: skip
+def test_traffic_over_four_data_parallel_ranks(device: str, zero: int, gradients: float, gathers: float):
+    """Rings: an all-reduce sends 2 * 3/4 of a tensor, its halves 3/4; on a CPU a half costs as much as the whole.
+
+    32 records on 4 ranks are 8 micro-batches of a row, which matters where the sums are cut.
+    """
+    sent = Planner(demo_job(device=device)).estimate(replace(ALL, dp=4, zero=zero)).traffic[0]
+    assert sent.gradients == pytest.approx(4 * DEMO * gradients)
+    assert sent.gathers == pytest.approx(4 * DEMO * gathers)
+    assert (sent.tensors, sent.stages) == (0, 0)
+
+
+def test_traffic_of_tensors_and_stages():
+    stream = 4 * 256 * 256 * 32  # a row's hidden states, for 32 micro-batches
+    sent = Planner(demo_job()).estimate(Layout(tp=4)).traffic[0]
+    assert sent.tensors == pytest.approx(2 * 3 / 4 * stream * (4 * 4 + 1))  # four sums a layer, one for the cut head
+    assert (sent.gradients, sent.gathers, sent.stages) == (0, 0, 0)
+    found = Planner(demo_job()).estimate(Layout(pp=4)).traffic
+    assert [found[stage].stages for stage in range(4)] == [stream, 2 * stream, 2 * stream, stream]
+
+
+def test_time_of_the_products():
+    """6 operations a weight and token, the table and the norms apart; attention 6 S a channel and layer."""
+    job = demo_job(device="A100", narrow=True)
+    found = Planner(job).estimate(Layout())
+    products = 4 * (LAYER - 2 * 256) + TABLE
+    needed = 6 * products + 4 * 6 * 256 * 256
+    assert found.time.products == pytest.approx(32 * 256 * needed / (312e12 * 0.55))
+    assert found.utilization == pytest.approx(0.55 * found.time.products / found.time.total)
+    frozen = Planner(demo_job("prefixtuning_llama_demo", device="A100", narrow=True)).estimate(Layout())
+    needed = 4 * products + 4 * 6 * 256 * 256  # the prefix's own products are few: once a micro-batch
+    assert frozen.time.products == pytest.approx(32 * 256 * needed / (312e12 * 0.55))
+
+
+def test_the_pipeline_idles_at_its_ends():
+    found = Planner(demo_job(records=8)).estimate(Layout(pp=4))
+    assert found.time.idle == pytest.approx(3 / 8 * found.time.products)
+    halves = Planner(demo_job(records=8)).estimate(Layout(pp=2, chunks=2))
+    assert halves.time.idle == pytest.approx(1 / 16 * halves.time.products)
+
+
+def test_links_inside_and_between_machines():
+    device = device_named("A100")
+    near = Planner(demo_job(device="A100", records=32)).estimate(Layout(dp=8))
+    far = Planner(demo_job(device="A100", records=32)).estimate(Layout(dp=16))
+    assert near.time.gradients == pytest.approx(sum(near.traffic[0]) / device.link + 3 * device.latency)
+    assert far.time.gradients == pytest.approx(sum(far.traffic[0]) / device.network + 3 * device.latency)
+
+
+def test_ranks_of_a_cpu_share_its_cores_and_memory():
+    one, two = (Planner(demo_job(device="cpu")).estimate(Layout(dp=dp)) for dp in (1, 2))
+    assert two.time.products == pytest.approx(one.time.products)
+    assert two.room == one.room / 2
+
+
+def test_accumulating_adds_the_sums_and_a_graph():
+    once = Planner(demo_job(device="cpu", rows=8, records=8)).estimate(Layout()).fullest
+    twice = Planner(demo_job(device="cpu", rows=8, records=16)).estimate(Layout()).fullest
+    assert twice.gradients == 2 * once.gradients
+    assert twice.buffers - once.buffers == 17 * MIB
+    assert twice.activations == once.activations
