@@ -1,6 +1,6 @@
 """A Hugging Face model folder: is it one, and what its config.json says in MindFormers' keys, both ways.
 
-What a family's keys mean stands in `hf_keys`. Standard library only.
+What a family's keys mean stands in `hf_keys`, which file is its tokenizer in `llm_core.text.folder`. Standard library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ from typing import Any
 
 from llm_core.config.hf_keys import DEFAULT_IDS, FAMILIES, HEADS, IGNORED, ONLY, HfFamily
 from llm_core.errors import UserError
+from llm_core.text.folder import CONFIG, read_json, tokenizer_file
+
+__all__ = [
+    "family_of", "has_two_norms", "hf_config_to_model_config", "is_hf_folder", "qkv_grouping", "read_hf_config",
+    "tokenizer_file", "tokenizer_policy",
+]  # fmt: skip
 
 _ROPE_METHODS = {"linear": "PI", "dynamic": "DYNAMIC_NTK", "yarn": "YARN", "llama3": "LLAMA3", "default": "None"}
 _ROPE_PARAMETERS = {
@@ -50,22 +56,10 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     return content
 
 
-def tokenizer_file(folder: str | Path) -> Path | None:
-    """The folder's tokenizer: tokenizer.model, else tokenizer.json, else None."""
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    return None
-
-
-def tokenizer_policy(folder: str | Path) -> dict[str, bool]:
-    """add_bos_token and add_eos_token, as far as the folder's tokenizer_config.json says them."""
-    try:
-        content = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # none, or malformed: the tokenizer itself says so when it is loaded
-    said = content if isinstance(content, dict) else {}
-    return {name: said[name] for name in ("add_bos_token", "add_eos_token") if isinstance(said.get(name), bool)}
+def tokenizer_policy(folder: str | Path) -> dict[str, bool | None]:
+    """add_bos_token and add_eos_token of tokenizer_config.json; None where it is silent, and the tokenizer knows."""
+    said = read_json(Path(folder) / CONFIG)
+    return {key: said[key] if isinstance(said.get(key), bool) else None for key in ("add_bos_token", "add_eos_token")}
 
 
 def family_of(hf: Mapping[str, Any], source: str = "config.json") -> str:

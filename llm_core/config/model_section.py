@@ -264,8 +264,8 @@ class TokenizerSection(Section):
         "LlamaTokenizer", "LlamaTokenizerFast", "InternLMTokenizer", "FalconTokenizer", "PreTrainedTokenizerFast"
     ] = key("LlamaTokenizer", "Kept for MindFormers' files; the file decides.")
     vocab_file: str | None = key(None, "tokenizer.model or tokenizer.json, or a folder that holds one.")
-    add_bos_token: bool = key(True, "Begin a text with its bos id.")
-    add_eos_token: bool = key(False, "End a text with its eos id.")
+    add_bos_token: bool | None = key(None, "Begin a text with its bos id; null: where Hugging Face's tokenizer does.")
+    add_eos_token: bool | None = key(None, "End a text with its eos id; null: where Hugging Face's tokenizer does.")
 
 
 class ProcessorSection(Section):

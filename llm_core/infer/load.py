@@ -142,7 +142,7 @@ def load_fitting_tokenizer(loaded: LoadedConfig, spec: DecoderSpec) -> Tokenizer
     Which ids begin and end a text is said twice, by the tokenizer and by model_config; where they disagree one line
     warns (bos is the tokenizer's, the end is model_config's).
     """
-    section, model_config = loaded.config.processor.tokenizer, loaded.config.model.config
+    model_config = loaded.config.model.config
     tokenizer = open_tokenizer(loaded)
     if tokenizer.vocab_size > spec.vocab_size:
         raise UserError(
@@ -159,7 +159,7 @@ def load_fitting_tokenizer(loaded: LoadedConfig, spec: DecoderSpec) -> Tokenizer
             f"{tokenizer.path} ends a text with id {tokenizer.eos_id}, but model.model_config.eos_token_id is "
             f"{json.dumps(model_config.eos_token_id)}; answers end at the latter"
         )
-    if section.add_bos_token and tokenizer.bos_id >= 0 and tokenizer.bos_id != model_config.bos_token_id:
+    if tokenizer.add_bos and tokenizer.bos_id >= 0 and tokenizer.bos_id != model_config.bos_token_id:
         console.warn(
             f"{tokenizer.path} begins a text with id {tokenizer.bos_id}, but model.model_config.bos_token_id is "
             f"{model_config.bos_token_id}; prompts begin with the former"

@@ -12,10 +12,16 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-
 from llm_core.errors import UserError
-from llm_core.text.chat_base import ChatFormat, Message, Round, pairs_of, part_ids
+from llm_core.text.chat_base import (
+    EXAMPLE,
+    ChatFormat,
+    Message,
+    Round,
+    encoded_behind_special,
+    pairs_of,
+    part_ids,
+)
 from llm_core.text.chat_fastchat import FastchatFormat
 from llm_core.text.jinja import ChatTemplate, load_template
 from llm_core.text.pieces import Part, Piece, Splitter, clean, learnt_flags, mark, merged, without_marks
@@ -153,8 +159,7 @@ class JinjaFormat(ChatFormat):
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """See ChatFormat."""
-        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        pieces = self._pieces(example, add_generation_prompt=False)
+        pieces = self._pieces(EXAMPLE, add_generation_prompt=False)
         ends = [p.value for p, learnt in zip(pieces, learnt_flags(pieces), strict=True) if learnt and p.is_special]
         return tuple(dict.fromkeys(token for ids in ends for token in ids))
 
@@ -196,21 +201,8 @@ class JinjaFormat(ChatFormat):
 
 
 def _behind_special(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
-    """Texts behind a special token as ids, where the tokenizer encodes them otherwise than the beginning of a text."""
-    if tokenizer.inner is tokenizer:
-        return pieces
-    done: list[Piece] = []
-    for is_special, run in groupby(pieces, key=lambda piece: piece.is_special):
-        texts = list(run)
-        if not is_special and done:
-            ids, counts = tokenizer.inner.encode_parts([[piece.value for piece in texts]])
-            ends = np.cumsum(counts)
-            texts = [
-                piece._replace(value=ids[end - count : end].tolist())
-                for piece, end, count in zip(texts, ends, counts, strict=True)
-            ]
-        done += texts
-    return done
+    values = encoded_behind_special([piece.value for piece in pieces], tokenizer)
+    return [piece._replace(value=value) for piece, value in zip(pieces, values, strict=True)]
 
 
 def _internlm_marks(tokenizer: Tokenizer) -> dict[str, list[int]]:

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 
+import numpy as np
+
 from llm_core.errors import UserError
 from llm_core.text.pieces import Part
 from llm_core.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 Round = tuple[list[Part], list[Part]]
+EXAMPLE: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 class ChatFormat(ABC):
@@ -36,14 +39,16 @@ class ChatFormat(ABC):
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: what this format writes behind one."""
-        *_, (_, answer) = self.rounds([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        return tuple(dict.fromkeys(token for part in answer if not isinstance(part, str) for token in part))
+        *_, (_, answer) = self.rounds(EXAMPLE)
+        return special_ids(answer)
 
     def text(self, messages: Sequence[Message]) -> str:
         """The prompt for people to read: special ids as the vocabulary spells them."""
-        return "".join(
-            part if isinstance(part, str) else "".join(map(self.spell, part)) for part in self.prompt(messages)
-        )
+        return self.spelt(self.prompt(messages))
+
+    def spelt(self, parts: Sequence[Part]) -> str:
+        """Parts for people to read."""
+        return "".join(part if isinstance(part, str) else "".join(map(self.spell, part)) for part in parts)
 
     def spell(self, token: int) -> str:
         """A special id for people to read."""
@@ -59,6 +64,25 @@ def part_ids(parts: Sequence[Part], tokenizer: Tokenizer) -> list[int]:
         else:
             ids += [token for part in run for token in part]
     return ids
+
+
+def special_ids(parts: Sequence[Part]) -> tuple[int, ...]:
+    """The special ids of parts, each once."""
+    return tuple(dict.fromkeys(token for part in parts if not isinstance(part, str) for token in part))
+
+
+def encoded_behind_special(parts: Sequence[Part], tokenizer: Tokenizer) -> list[Part]:
+    """The parts one by one, texts behind special ids as ids where the tokenizer encodes a beginning otherwise."""
+    if tokenizer.inner is tokenizer:
+        return list(parts)
+    done: list[Part] = []
+    for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
+        texts = list(run)
+        if is_text and done:
+            ids, counts = tokenizer.inner.encode_parts([texts])
+            texts = [ids[end - count : end].tolist() for end, count in zip(np.cumsum(counts), counts, strict=True)]
+        done += texts
+    return done
 
 
 def pairs_of(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str]]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from llm_core.errors import UserError
-from llm_core.text.chat_base import ChatFormat, Message, Round, pairs_of
+from llm_core.text.chat_base import EXAMPLE, ChatFormat, Message, Round, encoded_behind_special, pairs_of, special_ids
 from llm_core.text.pieces import Part, Splitter, mark
 from llm_core.text.templates import conversation_template, written_rounds
 from llm_core.text.tokenizer import SpecialToken, Tokenizer
@@ -31,17 +32,38 @@ class FastchatFormat(ChatFormat):
         speaker = conversation.roles[0]
         self.stop_strings = tuple(m for m in (*marks, f"{speaker}:" if speaker else "") if m)
 
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """See ChatFormat."""
+        *_, (_, answer) = self._written(*pairs_of(EXAMPLE))
+        return special_ids(answer)
+
     def prompt(self, messages: Sequence[Message]) -> list[Part]:
         """See ChatFormat."""
-        system, pairs = pairs_of(messages)
-        *former, (question, _) = self._written(system, [*pairs[:-1], (pairs[-1][0], "")])
-        return [part for asked, answer in former for part in asked + answer] + question
+        return _up_to_answer(self._encoded(self._written(*_without_answer(messages))))
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """See ChatFormat."""
+        return self.spelt(_up_to_answer(self._with_bos(self._written(*_without_answer(messages)))))
 
     def rounds(self, messages: Sequence[Message]) -> list[Round]:
         """See ChatFormat."""
-        return self._written(*pairs_of(messages))
+        return self._encoded(self._written(*pairs_of(messages)))
+
+    def _encoded(self, rounds: list[Round]) -> list[Round]:
+        """The rounds with bos in front, which the template knows nothing of: behind it a text begins."""
+        parts = [part for asked, answer in rounds for part in asked + answer]
+        done = iter(encoded_behind_special(parts, self.tokenizer))
+        return self._with_bos([([next(done) for _ in asked], [next(done) for _ in answer]) for asked, answer in rounds])
+
+    def _with_bos(self, rounds: list[Round]) -> list[Round]:
+        (asked, answer), *rest = rounds
+        bos = self.tokenizer.start_ids
+        written = asked[:1] == [bos]  # the template writes it itself
+        return rounds if written or not bos else [([bos, *asked], answer), *rest]
 
     def _written(self, system: str | None, pairs: list[tuple[str, str]]) -> list[Round]:
+        """What the template writes."""
         contents = [content for pair in pairs for content in pair]
         if self._conversation.sep_style.name == "RWKV":  # the one style that changes the words of people
             contents = [content.replace("\r\n", "\n").replace("\n\n", "\n") for content in contents]
@@ -61,13 +83,10 @@ class FastchatFormat(ChatFormat):
         if contents[-1] is not None:
             conversation = conversation.copy()
             conversation.set_system_message(numbers[-1])
-        bos = [self.tokenizer.start_ids] if self.tokenizer.start_ids else []
-        before: Outline = bos  # what the next question begins with
+        before: Outline = []  # what the next question begins with
         rounds = []
         for question, answer in written_rounds(conversation, list(zip(numbers[:-1:2], numbers[1:-1:2], strict=True))):
             asked, answered = self._outline_of(question), self._outline_of(answer)
-            if before is bos and asked[:1] == bos:
-                before = []  # the template writes bos itself
             ends = [number for number, part in enumerate(answered) if isinstance(part, list)]
             end = ends[0] + 1 if ends else len(answered)
             closing = [] if ends or not self.tokenizer.end_ids else [self.tokenizer.end_ids]
@@ -77,6 +96,16 @@ class FastchatFormat(ChatFormat):
 
     def _outline_of(self, marked: str) -> Outline:
         return [int(piece.value) if piece.is_content else piece.value for piece in self._splitter.split(marked)]
+
+
+def _without_answer(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str]]]:
+    system, pairs = pairs_of(messages)
+    return system, [*pairs[:-1], (pairs[-1][0], "")]
+
+
+def _up_to_answer(rounds: list[Round]) -> list[Part]:
+    *former, (question, _) = rounds
+    return [part for asked, answer in former for part in asked + answer] + question
 
 
 def _filled(outline: Outline, contents: list[str | None]) -> list[Part]:
@@ -109,4 +138,4 @@ def _known_template(name: str) -> Any:
 
 def _usual_marks(tokenizer: Tokenizer) -> list[SpecialToken]:
     """fastchat writes Llama's <s> and </s>, whatever the tokenizer calls its own."""
-    return [SpecialToken("<s>", tuple(tokenizer.start_ids)), SpecialToken("</s>", tuple(tokenizer.end_ids))]
+    return [SpecialToken("<s>", tuple(tokenizer.bos_ids)), SpecialToken("</s>", tuple(tokenizer.end_ids))]

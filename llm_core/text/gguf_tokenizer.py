@@ -7,7 +7,6 @@ pieces and scores in SentencePiece's own format, so the same library encodes the
 from __future__ import annotations
 
 import json
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,28 @@ from typing import Any
 
 from llm_core.errors import UserError
 from llm_core.report.console import console
+from llm_core.text.spm_proto import (
+    BYTE,
+    CHARACTER_MAP,
+    CONTROL,
+    NORMAL,
+    NORMALIZER,
+    PIECE,
+    PIECES,
+    REMOVE_EXTRA_WHITESPACES,
+    SCORE,
+    SPACE_IN_FRONT,
+    TRAINER,
+    TYPE,
+    UNKNOWN,
+    USER_DEFINED,
+    bytes_field,
+    float_field,
+    number_field,
+)
 
 _PREFIX = "tokenizer.ggml."
-# kinds of a token; GGUF has taken SentencePiece's numbers
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-
+# (GGUF has taken SentencePiece's numbers for the kinds of a token.)
 # How the text is cut before BPE, by llama.cpp's names of it (`tokenizer.ggml.pre`): a pattern for pieces, or None
 # for GPT-2's own cut; and whether each digit stands alone before that.
 _LLAMA3 = (
@@ -75,7 +91,7 @@ def _check_loads(files: Mapping[str, bytes], source: str) -> None:
 def _tokens(fields: Mapping[str, Any], source: str) -> tuple[list[str], list[int]]:
     """Pieces and their kinds."""
     tokens = fields.get(f"{_PREFIX}tokens") or []
-    kinds = fields.get(f"{_PREFIX}token_type") or [_NORMAL] * len(tokens)
+    kinds = fields.get(f"{_PREFIX}token_type") or [NORMAL] * len(tokens)
     if not tokens or len(kinds) != len(tokens):
         raise UserError(f"{source}: {_PREFIX}tokens has {len(tokens)} entries and {_PREFIX}token_type {len(kinds)}")
     if len(set(tokens)) != len(tokens):
@@ -99,7 +115,7 @@ def _tokenizer_config(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
     }
     if kind == "llama":
-        config["legacy"] = False
+        config |= _where_spaces_come(fields) | _control_tokens(fields)
     for theirs, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         token = _special_id(fields, theirs)
         if token is not None:
@@ -109,6 +125,21 @@ def _tokenizer_config(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if fields.get("tokenizer.chat_template"):
         config["chat_template"] = fields["tokenizer.chat_template"]
     return config
+
+
+def _where_spaces_come(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp puts a space before every text between special tokens, or before none: `legacy`, in HF's word."""
+    return {"legacy": True, "add_prefix_space": bool(fields.get(f"{_PREFIX}add_space_prefix", True))}
+
+
+def _control_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The control pieces as special tokens, which transformers does not look for in a tokenizer.model."""
+    kinds = fields.get(f"{_PREFIX}token_type") or []
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    texts = fields[f"{_PREFIX}tokens"]
+    special = {token for token, kind in enumerate(kinds) if kind in (CONTROL, UNKNOWN)}
+    special |= {token for name in _IDS if (token := _special_id(fields, name)) is not None}
+    return {"added_tokens_decoder": {str(token): {"content": texts[token], **flags} for token in sorted(special)}}
 
 
 def _adds_bos(fields: Mapping[str, Any], kind: str) -> bool:
@@ -130,7 +161,7 @@ def bpe_tokenizer(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
         "added_tokens": [
             _added_token(token, text, kinds[token])
             for token, text in enumerate(tokens)
-            if kinds[token] in (_CONTROL, _USER_DEFINED)
+            if kinds[token] in (CONTROL, USER_DEFINED)
         ],
         "normalizer": None,
         "pre_tokenizer": _cut(*_CUTS[pre]),
@@ -153,7 +184,7 @@ def bpe_tokenizer(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _added_token(token: int, text: str, kind: int) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": token, "content": text, **flags, "special": kind == _CONTROL}
+    return {"id": token, "content": text, **flags, "special": kind == CONTROL}
 
 
 def _byte_level(cut: bool) -> dict[str, Any]:
@@ -188,12 +219,10 @@ def _bos_in_front(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
 # ---- SentencePiece
 
-# field numbers of sentencepiece_model.proto
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # in ModelProto
-_PIECE, _SCORE, _TYPE = 1, 2, 3  # in SentencePiece
+# field numbers beside those of `spm_proto`
 _MODEL_TYPE, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35  # in TrainerSpec
 _IDS = {"unknown": (40, 45), "bos": (41, 46), "eos": (42, 47), "padding": (43, 48)}  # id, piece
-_NAME, _CHARACTER_MAP, _SPACE_IN_FRONT, _ONE_SPACE = 1, 2, 3, 4  # in NormalizerSpec
+_NAME = 1  # in NormalizerSpec
 _BPE = 2
 
 
@@ -209,39 +238,19 @@ def sentencepiece_model(fields: Mapping[str, Any], source: str) -> bytes:
         special.pop("padding", None)  # a piece is of one kind
     kinds = list(kinds)
     for name, token in special.items():
-        kinds[token] = _UNKNOWN if name == "unknown" else _CONTROL
+        kinds[token] = UNKNOWN if name == "unknown" else CONTROL
     message = bytearray()
     for text, score, kind in zip(tokens, scores, kinds, strict=True):
-        piece = _bytes(_PIECE, text.encode()) + _float(_SCORE, score) + _number(_TYPE, kind)
-        message += _bytes(_PIECES, piece)
-    trainer = _number(_MODEL_TYPE, _BPE) + _number(_VOCAB_SIZE, len(tokens))
-    trainer += _number(_BYTE_FALLBACK, int(_BYTE in kinds))
+        piece = bytes_field(PIECE, text.encode()) + float_field(SCORE, score) + number_field(TYPE, kind)
+        message += bytes_field(PIECES, piece)
+    trainer = number_field(_MODEL_TYPE, _BPE) + number_field(_VOCAB_SIZE, len(tokens))
+    trainer += number_field(_BYTE_FALLBACK, int(BYTE in kinds))
     for name, token in special.items():
         id_field, piece_field = _IDS[name]
-        trainer += _number(id_field, token) + _bytes(piece_field, tokens[token].encode())
-    normalizer = _bytes(_NAME, b"identity") + _bytes(
-        _CHARACTER_MAP, bytes(fields.get(f"{_PREFIX}precompiled_charsmap") or b"")
+        trainer += number_field(id_field, token) + bytes_field(piece_field, tokens[token].encode())
+    normalizer = bytes_field(_NAME, b"identity") + bytes_field(
+        CHARACTER_MAP, bytes(fields.get(f"{_PREFIX}precompiled_charsmap") or b"")
     )
-    normalizer += _number(_SPACE_IN_FRONT, int(fields.get(f"{_PREFIX}add_space_prefix", True)))
-    normalizer += _number(_ONE_SPACE, int(fields.get(f"{_PREFIX}remove_extra_whitespaces", False)))
-    return bytes(message + _bytes(_TRAINER, trainer) + _bytes(_NORMALIZER, normalizer))
-
-
-def _varint(value: int) -> bytes:
-    digits = bytearray()
-    while value > 127:
-        digits.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*digits, value])
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
-def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
+    normalizer += number_field(SPACE_IN_FRONT, int(fields.get(f"{_PREFIX}add_space_prefix", True)))
+    normalizer += number_field(REMOVE_EXTRA_WHITESPACES, int(fields.get(f"{_PREFIX}remove_extra_whitespaces", False)))
+    return bytes(message + bytes_field(TRAINER, trainer) + bytes_field(NORMALIZER, normalizer))

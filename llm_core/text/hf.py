@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
 from llm_core.errors import UserError
+from llm_core.text.folder import special_names
 from llm_core.text.tokenizer import SpecialToken, Tokenizer
 
-# Read beside tokenizer.json when they are there, first answer wins.
-_NEIGHBOURS = ("tokenizer_config.json", "special_tokens_map.json")
-# Else what the families call these tokens.
+# What the families call these tokens, for a tokenizer.json whose folder does not say it.
 _USUAL_NAMES = {
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"),
@@ -25,7 +24,7 @@ _REPLACEMENT = "\ufffd"
 
 
 class HfTokenizer(Tokenizer):
-    """A tokenizer.json. Special ids come from tokenizer_config.json beside it, else from the usual names."""
+    """A tokenizer.json. Special ids come from the files beside it (`folder.special_names`), else from usual names."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
@@ -37,7 +36,7 @@ class HfTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # text is text: see Tokenizer
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        named = _names_beside(path)
+        named = special_names(path.parent)
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
             self._special_id(kind, named) for kind in ("bos", "eos", "pad", "unk")
         )
@@ -45,9 +44,11 @@ class HfTokenizer(Tokenizer):
             token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
         }
 
-    def _special_id(self, kind: str, named: dict[str, str]) -> int:
-        for name in [named[kind]] if kind in named else _USUAL_NAMES[kind]:
-            token = self._tokenizer.token_to_id(name)
+    def _special_id(self, kind: str, named: Mapping[str, str | None]) -> int:
+        """-1 where the folder says null, which is none. Where it says nothing, a usual name that is there."""
+        key = f"{kind}_token"
+        for name in [named[key]] if key in named else _USUAL_NAMES[kind]:
+            token = None if name is None else self._tokenizer.token_to_id(name)
             if token is not None:
                 return token
         return -1
@@ -93,6 +94,12 @@ class HfTokenizer(Tokenizer):
             step["prepend_scheme"] = "never"
         return HfTokenizer(self.path, json.dumps(content).encode())
 
+    def adds_ends(self) -> tuple[bool, bool]:
+        """See Tokenizer. The post-processor does it."""
+        encoding = self._tokenizer.encode("x", add_special_tokens=True)
+        text = [*encoding.special_tokens_mask, 0].index(0)
+        return self.bos_id in encoding.ids[:text], self.eos_id in encoding.ids[text:]
+
     def stream(self) -> HfStream:
         """See Tokenizer."""
         return HfStream(self)
@@ -136,22 +143,3 @@ class HfStream:
     def _show(self, text: str) -> str:
         self._shown, self._pending = self._pending, []
         return text
-
-
-def _names_beside(path: Path) -> dict[str, str]:
-    """{"bos": "<s>", ...} as far as the files beside `path` name them. UserError for a malformed one."""
-    names: dict[str, str] = {}
-    for neighbour in (path.with_name(name) for name in _NEIGHBOURS):
-        if not neighbour.is_file():
-            continue
-        try:
-            content = json.loads(neighbour.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{neighbour}: malformed JSON: {error}") from None
-        for kind in _USUAL_NAMES:
-            token = content.get(f"{kind}_token") if isinstance(content, dict) else None
-            if isinstance(token, dict):  # {"content": "<s>", "lstrip": ...}
-                token = token.get("content")
-            if isinstance(token, str):
-                names.setdefault(kind, token)
-    return names

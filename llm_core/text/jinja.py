@@ -18,12 +18,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm_core.errors import UserError
+from llm_core.text.folder import CONFIG, read_json, special_names
 from llm_core.text.pieces import mark_generation
 from llm_core.text.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
-_CONFIG = "tokenizer_config.json"
-_NAMES = ("special_tokens_map.json", _CONFIG)  # the later wins
 
 
 class ChatTemplate:
@@ -65,27 +64,29 @@ def load_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """
     folder = path if path.is_dir() else path.parent
     source, text = _find(path)
-    names = _own_names(tokenizer)
+    names: dict[str, str | None] = _own_names(tokenizer)
     for place in dict.fromkeys([tokenizer.path.parent, folder]):
-        names |= _names_in(place)
-    return ChatTemplate(text, source, names)
+        names |= special_names(place)
+    return ChatTemplate(text, source, {key: name for key, name in names.items() if name is not None})
 
 
 def template_file(path: Path) -> Path:
     """The file in which the template of `path`, a file or a folder, stands. UserError for a folder without one."""
     if not path.is_dir():
         return path
-    for file in (path / TEMPLATE_FILE, path / _CONFIG):
+    for file in (path / TEMPLATE_FILE, path / CONFIG):
         if file.is_file():
             return file
-    raise UserError(f"{path}: has no chat template: neither {TEMPLATE_FILE} nor {_CONFIG} is there")
+    raise UserError(f"{path}: has no chat template: neither {TEMPLATE_FILE} nor {CONFIG} is there")
 
 
 def _find(path: Path) -> tuple[Path, str]:
     path = template_file(path)
     if path.suffix != ".json":
         return path, _read(path)
-    template = _read_json(path).get("chat_template")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a folder or a file with a chat template")
+    template = read_json(path).get("chat_template")
     if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
@@ -105,31 +106,10 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot read the chat template: {error.strerror}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object, and is a {type(content).__name__}")
-    return content
-
-
 def _own_names(tokenizer: Tokenizer) -> dict[str, Any]:
     """bos_token and so on as the vocabulary spells them."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
     return {name: tokenizer.id_to_piece(token) for name, token in ids.items() if token >= 0}
-
-
-def _names_in(folder: Path) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    for file in (folder / name for name in _NAMES):
-        if file.is_file():
-            for key, value in _read_json(file).items():
-                value = value.get("content") if isinstance(value, dict) else value
-                if key.endswith("_token") and isinstance(value, str):
-                    names[key] = value
-    return names
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

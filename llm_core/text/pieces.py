@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llm_core.text.tokenizer import SpecialToken
 
@@ -67,7 +67,7 @@ class Splitter:
         tokens = {token.text: token for token in special_tokens if token.text}
         self._ids = {text: list(token.ids) for text, token in tokens.items()}
         longest_first = sorted(tokens.values(), key=lambda token: -len(token.text))
-        self._tokens = re.compile("|".join(map(_pattern, longest_first)) or "(?!)")
+        self._tokens = re.compile("|".join(map(token_pattern, longest_first)) or "(?!)")
         self._split_texts: dict[str, list[Part]] = {}  # a template writes the same few texts over and over
 
     def split(self, marked: str) -> list[Piece]:
@@ -98,7 +98,8 @@ class Splitter:
         return parts
 
 
-def _pattern(token: SpecialToken) -> str:
+def token_pattern(token: Any) -> str:
+    """A regular expression for a SpecialToken or AddedToken with the white space that belongs to it."""
     before, behind = (r"\s*" if eaten else "" for eaten in (token.takes_space_before, token.takes_space_behind))
     return f"{before}{re.escape(token.text)}{behind}"
 

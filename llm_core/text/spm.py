@@ -3,62 +3,110 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from llm_core.errors import UserError
+from llm_core.text.folder import Spaces, added_tokens, spaces, special_names
+from llm_core.text.pieces import token_pattern
+from llm_core.text.spm_model import find_piece, leaves_text_alone, open_model, with_space_in_front
 from llm_core.text.tokenizer import SpecialToken, Tokenizer
 
 _SPACE = "▁"
 
-# Field numbers of sentencepiece_model.proto.
-_NORMALIZER_SPEC = 3  # in ModelProto
-_CHARACTER_MAP, _REMOVE_EXTRA_WHITESPACES = 2, 4  # in NormalizerSpec
-
 
 class SentencePieceTokenizer(Tokenizer):
-    """A .model file. Works with sentencepiece 0.1.99 to 0.2.3, whose Python interfaces differ."""
+    """A .model file. Works with sentencepiece 0.1.99 to 0.2.3, whose Python interfaces differ.
 
-    def __init__(self, path: Path, content: bytes) -> None:
+    What Hugging Face's files beside it say counts: special tokens' names, added tokens, and where a space is put in
+    front. The ids are those of transformers' LlamaTokenizer, legacy or not.
+    """
+
+    def __init__(self, path: Path, content: bytes, *, is_behind: bool = False) -> None:
+        """content: of the model, after `with_added_tokens`. is_behind: for texts behind a special token (`inner`)."""
         self.path = path
-        if hasattr(sentencepiece, "set_min_log_level"):
-            sentencepiece.set_min_log_level(2)  # InternLM's null piece draws a warning at every load
-        self._sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(content)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).rsplit("] ", 1)[-1].strip() or "it cannot be parsed"
-            raise UserError(
-                f"{path}: not a SentencePiece model, or damaged ({reason}); copy it again or name another"
-            ) from None
+        self._content = content
+        self._spaces = Spaces.NONE if is_behind else spaces(path.parent)
+        if self._spaces is not None:
+            content = with_space_in_front(content, self._spaces is not Spaces.NONE)
+        self._sp = open_model(path, content)
         self._has_numpy = hasattr(self._sp, "EncodeAsNumpy")
         self._has_offset_mapping = hasattr(self._sp, "EncodeAsOffsetMapping")
         self.vocab_size = self._sp.vocab_size()
-        self.bos_id, self.eos_id = self._sp.bos_id(), self._sp.eos_id()
-        self.pad_id, self.unk_id = self._sp.pad_id(), self._sp.unk_id()
+        own = {"bos": self._sp.bos_id(), "eos": self._sp.eos_id(), "pad": self._sp.pad_id()}
+        names = special_names(path.parent)
+        self.bos_id, self.eos_id, self.pad_id = (
+            find_piece(self._sp, names[f"{kind}_token"]) if f"{kind}_token" in names else number
+            for kind, number in own.items()
+        )
+        self.unk_id = self._sp.unk_id()
+        self._added = {token.text: token for token in added_tokens(path.parent)}
+        in_text = sorted((t for t in self._added.values() if not t.is_special), key=lambda token: -len(token.text))
+        self._cuts = re.compile(f"({'|'.join(map(token_pattern, in_text))})") if in_text else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See Tokenizer."""
-        return self._sp.encode(list(texts), num_threads=1)
+        ids = self._sp.encode(list(texts), num_threads=1)
+        for number in self._uneven(texts):
+            ids[number] = self.encode_with_offsets(texts[number])[0]
+        return ids
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See Tokenizer."""
-        if self._has_numpy:
-            return self._sp.encode(list(texts), num_threads=1, return_type="numpy")
-        return super().encode_arrays(texts)
+        if not self._has_numpy:
+            return super().encode_arrays(texts)
+        arrays = self._sp.encode(list(texts), num_threads=1, return_type="numpy")
+        for number in self._uneven(texts):
+            arrays[number] = np.array(self.encode_with_offsets(texts[number])[0], np.int32)
+        return arrays
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """See Tokenizer. Of the byte pieces of one character the last has its span, the others are empty."""
+        if self._cuts is None:
+            return self._encode_run(text)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for number, part in enumerate(self._cuts.split(text)):  # every second one is an added token
+            if number % 2:
+                part_ids, spans = [self._id_of_added(part)], [(0, len(part))]
+            else:
+                part_ids, spans = (self.inner if number else self)._encode_run(part)
+            ids += part_ids
+            offsets += [(start + a, start + b) for a, b in spans]
+            start += len(part)
+        return ids, offsets
+
+    def _encode_run(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_with_offsets` of a text without added tokens."""
+        processor = self._keeping_one_space if self._would_lose_space(text) else self._sp
         if self._has_offset_mapping:
-            found = self._sp.encode(text, return_type="offset_mapping")
+            found = processor.encode(text, return_type="offset_mapping")
             return found["ids"], found["offsets"]
         # the immutable proto counts characters, the plain one bytes
-        pieces = self._sp.encode(text, out_type="immutable_proto").pieces
+        pieces = processor.encode(text, out_type="immutable_proto").pieces
         return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
+    def _id_of_added(self, found: str) -> int:
+        return self._sp.piece_to_id(found if found in self._added else found.strip())
+
+    def _uneven(self, texts: Sequence[str]) -> list[int]:
+        """Which texts the library alone would not encode as transformers does."""
+        if self._cuts is None and not (self._spaces is Spaces.NONE and self._drops_spaces):
+            return []
+        return [
+            number
+            for number, text in enumerate(texts)
+            if self._would_lose_space(text) or (self._cuts is not None and self._cuts.search(text))
+        ]
+
+    def _would_lose_space(self, text: str) -> bool:
+        """Where no space is put in front, one of those that are there is kept, by models too that drop them."""
+        return self._spaces is Spaces.NONE and text.startswith((" ", _SPACE)) and self._drops_spaces
 
     def encode_parts(self, rows: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         """See Tokenizer.
@@ -108,7 +156,20 @@ class SentencePieceTokenizer(Tokenizer):
     def special_tokens(self) -> list[SpecialToken]:
         """See Tokenizer. Control pieces; the unknown piece is none: no template writes it."""
         controls = [token for token in range(self.vocab_size) if self._sp.is_control(token)]
-        return [SpecialToken(self._sp.id_to_piece(token), (token,)) for token in controls]
+        return [self._special_token(self._sp.id_to_piece(token), token) for token in controls]
+
+    def _special_token(self, text: str, token: int) -> SpecialToken:
+        added = self._added.get(text)
+        if added is None:
+            return SpecialToken(text, (token,))
+        return SpecialToken(text, (token,), added.takes_space_before, added.takes_space_behind)
+
+    @cached_property
+    def inner(self) -> Tokenizer:
+        """See Tokenizer. Where the folder says `legacy`: false the first text alone gets a space in front."""
+        if self._spaces is not Spaces.FIRST:
+            return self
+        return SentencePieceTokenizer(self.path, self._content, is_behind=True)
 
     def stream(self) -> SentencePieceStream:
         """See Tokenizer."""
@@ -128,10 +189,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _tiles_text(self) -> bool:
-        """Whether the model's normalizer leaves a text as it is: no character map, and all spaces kept."""
-        model = dict(_protobuf_fields(self._sp.serialized_model_proto()))
-        normalizer = dict(_protobuf_fields(model.get(_NORMALIZER_SPEC, b"")))
-        return not normalizer.get(_CHARACTER_MAP) and normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1) == 0
+        return leaves_text_alone(self._content)
+
+    @cached_property
+    def _drops_spaces(self) -> bool:
+        """Whether the model drops spaces at the ends of a text."""
+        return self._sp.encode("a ") == self._sp.encode("a")
+
+    @cached_property
+    def _keeping_one_space(self) -> sentencepiece.SentencePieceProcessor:
+        """The model that drops the spaces in front and puts one there."""
+        return open_model(self.path, with_space_in_front(self._content, True))
 
     def _bytes_of(self, token: int) -> bytes:
         """UTF-8 bytes of a piece; control pieces have none, the unknown piece has the library's ' ⁇ '."""
@@ -186,29 +254,3 @@ class SentencePieceStream:
 
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message; bytes for strings and messages. (The format in one function: the
-    protobuf package is no dependency of sentencepiece.)"""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-
-    while position < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        length = {1: 8, 5: 4}[wire_type] if wire_type != 2 else varint()
-        yield number, message[position : position + length]
-        position += length

@@ -44,8 +44,8 @@ class Tokenizer(ABC):
     end of the sequence. Special tokens enter as ids (`bos_id`, `eos_id` ...; -1 where the tokenizer has
     none).
 
-    Attributes: path, fingerprint (sha256 of the file, hex), vocab_size, bos_id, eos_id, pad_id, unk_id, and
-    the policy for prompts, add_bos and add_eos (the YAML's add_bos_token, add_eos_token).
+    Attributes: path, fingerprint (sha256 of the file with its folder's added tokens, hex), vocab_size, bos_id, eos_id,
+    pad_id, unk_id, and the policy, add_bos and add_eos (the YAML's add_bos_token, add_eos_token).
     """
 
     path: Path
@@ -55,8 +55,8 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     unk_id: int
-    add_bos: bool
-    add_eos: bool
+    add_bos: bool = True
+    add_eos: bool = False
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -93,14 +93,17 @@ class Tokenizer(ABC):
         """The tokenizer of a text that stands behind special tokens: this one, unless it treats a beginning apart."""
         return self
 
+    def adds_ends(self) -> tuple[bool, bool]:
+        """Whether the file itself says to begin a text with bos, and to end it with eos."""
+        return True, False
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, on request with bos before or eos after it (where the tokenizer has one)."""
         return self._frame(self.encode_batch([text])[0], bos, eos)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of `text` under the policy given at loading: `start_ids` in front unless add_bos=False."""
-        ids = self.encode_batch([text])[0]
-        return (self.start_ids if self.add_bos else []) + ids + (self.end_ids if self.add_eos else [])
+        """Ids of `text` under the policy given at loading."""
+        return self.start_ids + self.encode_batch([text])[0] + (self.end_ids if self.add_eos else [])
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_batch`, each an int32 array."""
@@ -120,9 +123,14 @@ class Tokenizer(ABC):
         return ids, counts
 
     @property
-    def start_ids(self) -> list[int]:
-        """What a document begins with: [bos_id], or [] where there is none or it is the eos (GPT-2, Falcon)."""
+    def bos_ids(self) -> list[int]:
+        """[bos_id], or [] where there is none or it is the eos (GPT-2, Falcon)."""
         return [self.bos_id] if self.bos_id >= 0 and self.bos_id != self.eos_id else []
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What a document begins with: `bos_ids`, or [] where the policy, add_bos, is none."""
+        return self.bos_ids if self.add_bos else []
 
     @property
     def end_ids(self) -> list[int]:

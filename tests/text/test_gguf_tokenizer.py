@@ -11,6 +11,7 @@ import tokenizers
 
 from llm_core.errors import UserError
 from llm_core.text import load_tokenizer
+from llm_core.text.chat import chat_format, part_ids
 from llm_core.text.gguf_tokenizer import tokenizer_files
 
 TEXTS = [
@@ -144,10 +145,37 @@ def test_sentencepiece(tmp_path, spm):
     for text in [*TEXTS, "a <|tool|> b"]:
         assert tok.encode(text) == spm.encode(text), text
         assert tok.decode(tok.encode(text)) == spm.decode(spm.encode(text))
-    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.pad_id, tok.unk_id) == (400, 1, 2, -1, 0)
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.pad_id, tok.unk_id) == (400, 1, 2, 0, 0)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert (config["tokenizer_class"], config["add_bos_token"]) == ("LlamaTokenizer", True)
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == ("<s>", "</s>", "<unk>")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_transformers_puts_spaces_where_we_do(tmp_path, corpus, use_fast):
+    """As llama.cpp: before every text between special tokens, or before none."""
+    transformers = pytest.importorskip("transformers")
+    template = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }}[/INST]\n{{ m.role }}{% endfor %}"
+    messages = [{"role": "user", "content": "the  string "}]
+    for in_front in (True, False):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus[:60_000].splitlines()), model_writer=model, vocab_size=400, model_type="bpe",
+            byte_fallback=True, minloglevel=2, num_threads=1, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=in_front, control_symbols=["[INST]", "[/INST]"],
+        )
+        spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        fields = spm_fields(spm) | {"tokenizer.chat_template": template}
+        folder = written(tmp_path / str(in_front), fields)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, use_fast=use_fast)
+        ours = load_tokenizer(folder)
+        expected = theirs.apply_chat_template(messages)
+        assert part_ids(chat_format("tokenizer", ours).prompt(messages), ours) == expected
+        behind = ours.id_to_piece(expected[expected.index(spm.piece_to_id("[/INST]")) + 1])
+        assert behind == ("▁" if in_front else "<0x0A>")
+        for text in TEXTS:
+            assert theirs(text.replace("</s>", ""))["input_ids"] == ours.encode_prompt(text.replace("</s>", ""))
 
 
 def test_pieces_of_its_own_as_ends(tmp_path, spm):
