@@ -23,18 +23,30 @@ def golden():
     return {family: np.load(GOLDEN / f"{family}.npz") for family in FAMILIES}
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_golden(family, name, golden):
-    ours = FAMILIES[family].run(name)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request) -> tuple[str, str]:
+    """A family and one of its tiny models."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ours(case):
+    """Our results, for both tests of a case: compiling is what takes the time."""
+    family, name = case
+    return FAMILIES[family].run(name)
+
+
+def test_golden(case, ours, golden):
+    family, name = case
     compare_golden(ours, golden[family], name)
     np.testing.assert_array_equal(ours.greedy, golden[family][f"{name}/greedy"])
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_live(family, name):
+def test_live(case, ours):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    ours, theirs = FAMILIES[family].run(name), FAMILIES[family].hf_run(name)
+    family, name = case
+    theirs = FAMILIES[family].hf_run(name)
     compare(ours, theirs)
     np.testing.assert_array_equal(ours.greedy, theirs.greedy)
