@@ -119,7 +119,8 @@ def read_adapter(path: str | Path, spec: DecoderSpec, wanted: Any = None) -> Ada
     """The adapter in `path`: a weight file, an output_dir or a folder of a run, or a Hugging Face PEFT folder.
 
     wanted: the run's pet_config, None = as the adapter itself says. Raises UserError when `path` holds no adapter or a
-    damaged one, does not say how it was made (then pet_config must), or does not fit `wanted` or the model.
+    damaged one, does not say how it was made (then pet_config must), does not fit `wanted` or the model, or holds what
+    a run with `wanted` would not keep.
     """
     from llm_core.peft.hf_adapter import is_hf_adapter
     from llm_core.peft.hf_adapter import read_adapter as read_hf_adapter
@@ -133,25 +134,33 @@ def read_adapter(path: str | Path, spec: DecoderSpec, wanted: Any = None) -> Ada
         try:
             facts = _facts(weights)
             made = _pet_of(facts.get("pet_config"), path)
-            pet = wanted or made
             if not any(map(is_adapter_name, weights)):
                 raise UserError(
                     f"adapter_id: {path}: there is no adapter in it, no name contains {ADAPTER_MARK}; give the weights "
                     "of a base model as load_checkpoint"
                 )
-            if pet is None:
+            if made is None and wanted is None:
                 raise UserError(
                     f"{path}: it does not say how this adapter was made (it has no manifest of a run): "
                     f"{_looks(weights)}. Add model.model_config.pet_config with its pet_type and values"
                 )
-            names = [name for name in without_state(weights) if is_saved(name, spec, pet)]
+            names = _names_of_adapter(weights, spec, [each for each in (wanted, made) if each is not None])
             tensors = {name: np.asarray(weights[name], np.float32) for name in names}
         finally:
             weights.close()
     if wanted is not None and made is not None:
         _require_same_kind(wanted, made, path)
     _require_fit(tensors, spec, wanted or made, path)
+    _require_kept(tensors, spec, wanted or made, path)
     return Adapter(path, wanted or made, tensors, facts.get("base", ""), facts.get("base_fingerprint", {}))
+
+
+def _names_of_adapter(weights: WeightFiles, spec: DecoderSpec, pets: Iterable[Any]) -> list[str]:
+    """The adapter and what was trained beside it: all there is, or, beside a base, what runs with `pets` save."""
+    names = without_state(weights)
+    if _EMBEDDING not in names:
+        return names
+    return [name for name in names if any(is_saved(name, spec, pet) for pet in pets)]
 
 
 def _facts(weights: WeightFiles) -> dict[str, Any]:
@@ -237,6 +246,36 @@ def _require_fit(tensors: Mapping[str, np.ndarray], spec: DecoderSpec, pet: Any,
         )
 
 
+def _require_kept(tensors: Iterable[str], spec: DecoderSpec, pet: Any, path: Path) -> None:
+    """UserError where the adapter holds weights of the model that a run with `pet` would neither train nor save."""
+    left = [name for name in tensors if not is_saved(name, spec, pet)]
+    if left:
+        shown = ", ".join(left[:_SHOWN]) + (" ..." if len(left) > _SHOWN else "")
+        patterns = left if len(left) <= _SHOWN else _patterns(left)
+        raise UserError(
+            f"adapter: {path}: it holds {shown}, trained beside the adapter, and pet_config would freeze and lose "
+            f"{'it' if len(left) == 1 else 'them'}: add freeze_exclude: {patterns} to pet_config, or leave pet_config "
+            "out where the adapter says itself how it was made"
+        )
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Patterns of freeze_exclude for many names: by their last two parts, whatever the layer."""
+    return list(dict.fromkeys(f"*{'.'.join(name.split('.')[-2:])}" for name in names))
+
+
+def require_head(missing: Iterable[str], spec: DecoderSpec, pet: Any, path: str) -> None:
+    """UserError where the weights of load_checkpoint lack a classifier's head that `pet` freezes: it would stay as it
+    was drawn, and in no checkpoint. missing: the parameters that are in no file."""
+    frozen = [name for name in missing if pet is not None and not is_saved(name, spec, pet)]
+    if frozen:
+        raise UserError(
+            f"load_checkpoint: {path}: it holds no {', '.join(frozen)}, the classifier's head, and "
+            f"pet_config.freeze_include {pet.freeze_include} freezes it as it is drawn: take out the pattern that "
+            "matches it, or give weights that hold the head"
+        )
+
+
 # ---- into a network
 
 
@@ -288,7 +327,8 @@ def base_alone(weights: WeightFiles, path: str) -> Mapping[str, np.ndarray]:
 def load_base(net: nn.Cell, path: str) -> LoadReport:
     """`load_into` for load_checkpoint, verified: the base's weights; an adapter's beside them are for `load_adapter`.
 
-    Raises UserError as it does, and where there is nothing but an adapter.
+    Raises UserError as it does, where there is nothing but an adapter, and where a classifier's head is missing that
+    the network's adapter freezes.
     """
     weights = open_weights(path)
     try:
@@ -297,6 +337,7 @@ def load_base(net: nn.Cell, path: str) -> LoadReport:
     finally:
         weights.close()
     report.missing[:] = [name for name in report.missing if not is_adapter_name(name)]
+    require_head(report.missing, net.spec, net.graph_key.get("adapter"), path)
     return report
 
 

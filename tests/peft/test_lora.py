@@ -136,6 +136,64 @@ def test_a_head_of_another_shape_or_kind_does_not_fit(tmp_path, head, says):
         read_adapter(path, replace(SPEC, **head))
 
 
+def test_what_was_trained_beside_an_adapter_is_never_left_out(tmp_path):
+    """Its own pet_config says what that is; of another one that leaves some of it out, nothing is guessed."""
+    from safetensors.numpy import save_file
+
+    from llm_core.peft.adapters import read_adapter
+    from llm_core.peft.hf_adapter import write_our_file
+
+    pet, norm = lora(target_modules="wq", freeze_exclude=["*norm_out*"]), "model.norm_out.weight"
+    shapes = adapter_shapes(SPEC, pet) | {norm: (32,)}
+    tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
+    path = write_our_file(tmp_path / "adapter.safetensors", pet, tensors, "")
+    assert read_adapter(path, SPEC).tensors.keys() == shapes.keys()
+    assert read_adapter(path, SPEC, pet).tensors.keys() == shapes.keys()
+    less = lora(target_modules="wq")
+    says = rf"adapter.safetensors: it holds {norm}, .*freeze_exclude: \['{norm}'\]"
+    with pytest.raises(UserError, match=f"{says}.*or leave pet_config out"):
+        read_adapter(path, SPEC, less)
+    save_file(tensors, tmp_path / "silent.safetensors")  # as MindFormers', which say nothing of how they were made
+    with pytest.raises(UserError, match=says.replace("adapter", "silent")):
+        read_adapter(tmp_path / "silent.safetensors", SPEC, less)
+    assert read_adapter(tmp_path / "silent.safetensors", SPEC, pet).tensors.keys() == shapes.keys()
+    base = {name: p.asnumpy() for name, p in build_net(SPEC, None, seed=1).parameters_dict().items()}
+    save_file(base | tensors, tmp_path / "both.safetensors")  # beside a base the rest is the base's
+    assert read_adapter(tmp_path / "both.safetensors", SPEC, less).tensors.keys() == adapter_shapes(SPEC, less).keys()
+    save_file(tensors | {"odd.weight": base[norm]}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match="1 that this model lacks: odd.weight"):
+        read_adapter(tmp_path / "odd.safetensors", SPEC, pet)
+
+
+def test_a_head_that_was_trained_is_not_frozen_away(tmp_path):
+    from llm_core.peft.adapters import read_adapter
+    from llm_core.peft.hf_adapter import write_our_file
+
+    spec = replace(SPEC, head="sequence", num_labels=2)
+    shapes = adapter_shapes(spec, lora()) | {"score.weight": (2, 32)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    path = write_our_file(tmp_path / "adapter.safetensors", lora(), tensors, "")
+    with pytest.raises(UserError, match="it holds score.weight, .*freeze_exclude"):
+        read_adapter(path, spec, lora(freeze_include=["score*"]))
+
+
+def test_a_fresh_head_that_is_frozen_is_refused(tmp_path):
+    """It would stay as it was drawn, and no checkpoint would hold it."""
+    from safetensors.numpy import save_file
+
+    from llm_core.peft.adapters import load_base
+
+    spec, pet = replace(SPEC, head="sequence", num_labels=2), lora(freeze_include=["score*", "*norm*"])
+    base = {name: p.asnumpy() for name, p in build_net(SPEC, None, seed=1).parameters_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    net = build_net(spec, pet, seed=None)
+    with pytest.raises(UserError, match=r"base.safetensors: it holds no score.weight, .*freeze_include \['score\*', "):
+        load_base(net, str(tmp_path / "base.safetensors"))
+    assert load_base(build_net(spec, lora(), seed=None), str(tmp_path / "base.safetensors")).fresh_head
+    save_file(base | {"score.weight": np.ones((2, 32), np.float32)}, tmp_path / "classifier.safetensors")
+    assert not load_base(net, str(tmp_path / "classifier.safetensors")).missing
+
+
 # ---- the network
 
 
