@@ -51,20 +51,16 @@ def load_for_inference(
             runtime.start(config)
 
     from llm_core.models.decoder import describe_operators
-    from llm_core.peft.adapters import load_adapter, load_base
-    from llm_core.peft.apply import build_net, describe_parameters
+    from llm_core.peft.apply import describe_parameters
+    from llm_core.peft.inference import is_merged, net_with_adapter
 
     pet = None if adapter is None else adapter.pet
-    net = build_net(spec, pet, seed=None)
-    report = load_base(net, config.load_checkpoint)
-    if adapter is not None:
-        load_adapter(net, adapter)
-        report.missing[:] = [name for name in report.missing if name not in adapter.tensors]  # a classifier's head
+    net, report = net_with_adapter(spec, config.load_checkpoint, adapter)
     net.set_train(False)
     console.info(describe_operators(spec))
     console.info(f"{config.load_checkpoint}: {report.line()}")
     if adapter is not None:
-        console.info(adapter.line())
+        console.info(adapter.line() + (", merged into the weights" if is_merged(spec, pet) else ""))
     console.info(f"model: {describe_parameters(spec, pet)}")
     return net, spec, tokenizer
 
