@@ -11,7 +11,8 @@ from llm_core.errors import EnvironmentFault, UserError
 from llm_core.launch import checks
 from llm_core.launch.arguments import USAGE, Job, UsageError, parse
 from llm_core.launch.gate import Stopped, meet
-from llm_core.launch.group import Group, Outcome, StopSignals
+from llm_core.launch.group import Group, Outcome
+from llm_core.launch.processes import StopSignals
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,6 +29,11 @@ def main(argv: Sequence[str]) -> int:
     except (UserError, EnvironmentFault) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:  # a full disk under LOG_DIR, say; nothing is left running
+        print(f"launcher: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before there was anything to stop
+        return 130
 
 
 def _launch(job: Job, keep: ExitStack) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -198,7 +199,10 @@ def _command(text: str) -> tuple[tuple[str, ...], str]:
     interpreter = sys.executable
     if words and re.fullmatch(r"python[\d.]*", Path(words[0]).name):
         first = words.pop(0)
-        interpreter = first if "/" in first else interpreter
+        if "/" in first:
+            interpreter = first
+            if shutil.which(first) is None:
+                raise UserError(f"CMD: {first}: no such interpreter")
     if not words:
         raise UserError(f"CMD is '{text}': give a script, such as \"run_llm.py --config FILE --use_parallel True\"")
     if words[0] == "run-llm":

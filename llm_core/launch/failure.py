@@ -48,6 +48,18 @@ def waited(log: Path) -> bool:
     return any(_WAITED.search(line) for line in last_lines(log, 200))
 
 
+def not_joined(scheduler_log: Path, ranks: int) -> list[int]:
+    """The ranks that MindSpore's scheduler has waited for in vain; none unless its time was up."""
+    try:
+        text = scheduler_log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    if "Failed to initialize cluster" not in text:
+        return []
+    joined = {int(rank) for rank in re.findall(r"rank id: (\d+),.* is registered successfully", text)}
+    return [rank for rank in range(ranks) if rank not in joined]
+
+
 def quote(path: Path, count: int = _LINES) -> list[str]:
     """Lines that show the end of a log."""
     lines = last_lines(path, count)

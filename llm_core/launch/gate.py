@@ -139,7 +139,7 @@ def _welcome(job: Job, server: socket.socket, present: dict[int, socket.socket])
     link.settimeout(5)
     try:
         hello = json.loads(_line(link))
-        node, sizes = hello["node"], (hello["ranks"], hello["local"])
+        node, sizes = int(hello["node"]), (hello["ranks"], hello["local"])
     except (OSError, ValueError, KeyError, TypeError):  # a port scanner, say
         link.close()
         return
@@ -152,7 +152,7 @@ def _welcome(job: Job, server: socket.socket, present: dict[int, socket.socket])
         _send(link, {"refused": f"{host}: {refusal}"})
         link.close()
         return
-    link.settimeout(None)
+    _watch(link)
     present[node] = link
 
 
@@ -177,7 +177,7 @@ def _join_first(job: Job, address: str, say: Callable[[str], None], stopped: Cal
         if "refused" in answer:
             link.close()
             raise EnvironmentFault(f"node 0 at {address}:{job.port}: {answer['refused']}")
-        link.settimeout(None)
+        _watch(link)
         return Links({0: link})
     first = rank_list(job.ranks_of(0))
     raise EnvironmentFault(
@@ -196,6 +196,14 @@ def _await_answer(link: socket.socket, job: Job, stopped: Callable[[], object]) 
             except (OSError, ValueError):
                 return None
     return None
+
+
+def _watch(link: socket.socket) -> None:
+    """A machine that has lost its power says nothing: ask it every few seconds."""
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _line(link: socket.socket) -> bytes:

@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from llm_core.launch import failure
 from llm_core.launch.arguments import Job
 from llm_core.launch.gate import Links
+from llm_core.launch.processes import (
+    Follower,
+    StopSignals,
+    environment_of,
+    kill_all,
+    msrun_command,
+    set_aside_logs,
+    state_of,
+)  # fmt: skip
 
 _TICK = 0.2  # seconds
 _SETTLE = 3.0  # after a failure: the others may say what they have seen
 _QUIET = 1.0  # after the last worker's end: what the scheduler still has to say
 _USER_ERROR = 2
-
-
-class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP of the launcher leave a note while this is open: how many came, and the first."""
-
-    def __init__(self) -> None:
-        self.first: int | None = None
-        self.count = 0
-
-    def __enter__(self) -> StopSignals:
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.first = self.first or number
-        self.count += 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +48,11 @@ class _Process:
     pid: int
     status: int | None = None
     lost: bool = False  # its wrapper is gone without a word
+
+    @property
+    def end(self) -> int:
+        """The status; who is gone without a word was killed."""
+        return -signal.SIGKILL if self.status is None else self.status
 
     @property
     def label(self) -> str:
@@ -91,19 +79,19 @@ class Group:
         self.finished_nodes: set[int] = set()
         self.stopping: int | None = None
         self.deadline = self.settled = self.quiet = float("inf")
-        self.follower = _Follower(job.log_dir / f"worker_{shown}.log")
+        self.follower = Follower(job.log_dir / f"worker_{shown}.log")
         self.selector = selectors.DefaultSelector()
 
     def run(self) -> Outcome:
         """Start, wait for the end, and leave no process behind."""
-        _clear(self.job)
+        set_aside_logs(self.job)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(f"\0run_llm-{self.token}")  # an abstract name: no file, gone with the process
         listener.listen(self.job.local + 1)
         self.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
         with listener, open(self.job.log_dir / "msrun.log", "wb") as log:
             msrun = subprocess.Popen(
-                _msrun_command(self.job, self.address), env=_environment(self.job, self.token),
+                msrun_command(self.job, self.address), env=environment_of(self.job, self.token),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             alive: list[_Process] = []
@@ -111,7 +99,7 @@ class Group:
                 while not self._over(msrun):
                     self._turn(_TICK)
                 alive = [each for each in self._workers() if each.status is None and not each.lost]
-                states = {each.name: _state(each.pid) for each in alive}
+                states = {each.name: state_of(each.pid) for each in alive}
             finally:
                 left = kill_all(self.token)
                 msrun.wait()
@@ -191,12 +179,13 @@ class Group:
         self.failed.append(process)
         self.settled = min(self.settled, time.monotonic() + _SETTLE)
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int, from_others: bool = False) -> None:
         self.stopping = number
         self.deadline = time.monotonic() + self.job.grace
         for each in self._workers():
             _send_signal(each.link, number)
-        self.links.send({"stop": number})
+        if not from_others:  # else node 0 has passed it on
+            self.links.send({"stop": number})
 
     def _hear(self, node: int, message: dict | None) -> None:
         if message is None:
@@ -205,10 +194,7 @@ class Group:
                 self.remote = {"failed": 1, "lines": [where], "worth_another": True}
                 self.settled = min(self.settled, time.monotonic())
         elif "stop" in message and self.stopping is None:
-            self.stopping = message["stop"]
-            self.deadline = time.monotonic() + self.job.grace
-            for each in self._workers():
-                _send_signal(each.link, self.stopping)
+            self._stop(message["stop"], from_others=True)
         elif "done" in message:
             self.finished_nodes.add(message["done"])
         elif "failed" in message and self.remote is None:
@@ -221,25 +207,11 @@ class Group:
     # ---- when it is over ----
 
     def _outcome(self, msrun_code: int, alive: list[_Process], states: dict[str, str]) -> Outcome:
-        log_dir = self.job.log_dir
         if self.failed:
             first = self.failed[0]
-            status = -signal.SIGKILL if first.lost else int(first.status or 0)
-            lines = [f"{first.label} {failure.cause(status, log_dir / first.log)}"]
-            others = [each for each in self.failed[1:] if each.name != "scheduler"]
-            if others:
-                lines.append(f"{failure.rank_list(int(each.name) for each in others)} failed as well")
-            lines += failure.quote(log_dir / first.log)
-            if alive and failure.waited(log_dir / first.log):
-                for each in alive:
-                    how = "is stopped (SIGSTOP)" if states[each.name] in ("T", "t") else "was still running"
-                    lines.append(f"{each.label} did not answer: its process {each.pid} {how}")
-                    lines += failure.quote(log_dir / each.log, 5)
-            elif alive:
-                names = failure.rank_list(int(each.name) for each in alive)
-                lines.append(f"{names} ran on, and the launcher has ended them")
-            code = failure.exit_code(status)
-            return Outcome(code, tuple(lines), worth_another=self.stopping is None and code != _USER_ERROR)
+            code = failure.exit_code(first.end)
+            again = self.stopping is None and code != _USER_ERROR
+            return Outcome(code, tuple(self._blame(first, alive, states)), worth_another=again)
         if self.remote is not None:
             return Outcome(self.remote["failed"], tuple(self.remote["lines"]), self.remote["worth_another"])
         if self.stopping is not None:
@@ -253,7 +225,30 @@ class Group:
         if len(workers) == self.job.local and all(each.status == 0 for each in workers):
             return Outcome(0)
         lines = [f"msrun ended with code {msrun_code} before it had started every rank"]
-        return Outcome(msrun_code or 1, (*lines, *failure.quote(log_dir / "msrun.log")))
+        return Outcome(msrun_code or 1, (*lines, *failure.quote(self.job.log_dir / "msrun.log")))
+
+    def _blame(self, first: _Process, alive: list[_Process], states: dict[str, str]) -> list[str]:
+        """Who failed and why, from the first failure, and from those that had not ended some seconds later."""
+        log_dir = self.job.log_dir
+        missing = failure.not_joined(log_dir / "scheduler.log", self.job.ranks) if self.job.node == 0 else []
+        if missing:
+            lines = [f"{failure.rank_list(missing)} did not join the group within {self.job.timeout} s"]
+            here = [rank for rank in missing if rank in self.job.ranks_of(self.job.node)]
+            return [*lines, *(failure.quote(log_dir / f"worker_{here[0]}.log") if here else [])]
+        lines = [f"{first.label} {failure.cause(first.end, log_dir / first.log)}"]
+        others = [int(each.name) for each in self.failed[1:] if each.name != "scheduler"]
+        if others:
+            lines.append(f"{failure.rank_list(others)} failed as well")
+        lines += failure.quote(log_dir / first.log)
+        if alive and failure.waited(log_dir / first.log):
+            for each in alive:
+                how = "is stopped (SIGSTOP)" if states[each.name] in ("T", "t") else "was still running"
+                lines.append(f"{each.label} did not answer: its process {each.pid} {how}")
+                lines += failure.quote(log_dir / each.log, 5)
+        elif alive:
+            names = failure.rank_list(int(each.name) for each in alive)
+            lines.append(f"{names} ran on, and the launcher has ended them")
+        return lines
 
     def _tell_others(self, outcome: Outcome) -> None:
         if self.remote is None and outcome.code and self.stopping is None:
@@ -264,111 +259,10 @@ class Group:
         self.links.close()
 
 
-class _Follower:
-    """Prints the whole lines that a log has got since the last call."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset, self.open = path, 0, True
-
-    def print_new(self) -> None:
-        """Nothing while the log is not there, or once nobody reads the output any more."""
-        if not self.open or not self.path.exists():
-            return
-        with open(self.path, "rb") as log:
-            log.seek(self.offset)
-            data = log.read()
-        end = data.rfind(b"\n") + 1
-        self.offset += end
-        try:
-            sys.stdout.write(data[:end].decode("utf-8", errors="replace"))
-            sys.stdout.flush()
-        except BrokenPipeError:
-            self.open = False
-
-
-def kill_all(token: str) -> list[int]:
-    """SIGKILL to every process that carries the group's token in its environment; those that will not die."""
-    for _ in range(200):
-        found = members(token)
-        if not found:
-            return []
-        for pid in found:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
-        time.sleep(0.05)
-    return found
-
-
-def members(token: str) -> list[int]:
-    """Processes that carry the token, whatever session or parent they have got into."""
-    mark = f"RUN_LLM_JOB={token}".encode()
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            try:
-                environment = Path(f"/proc/{entry}/environ").read_bytes()
-            except OSError:
-                continue
-            if mark in environment.split(b"\0"):
-                found.append(int(entry))
-    return found
-
-
-def _msrun_command(job: Job, address: str) -> list[str]:
-    python = "python" if (Path(sys.executable).parent / "python").exists() else "python3"  # msrun knows these two names
-    return [
-        sys.executable, "-m", "mindspore.parallel.cluster.run",
-        f"--worker_num={job.ranks}", f"--local_worker_num={job.local}", f"--node_rank={job.node}",
-        f"--master_addr={address}", f"--master_port={job.port}", f"--cluster_time_out={job.timeout}",
-        f"--log_dir={job.log_dir.absolute()}", "--join=True", "--tail_worker_log=-2",  # no rank: it is done here
-        python, str(Path(__file__).with_name("worker.py")), str(job.grace), job.interpreter, *job.words,
-    ]  # fmt: skip
-
-
-def _environment(job: Job, token: str) -> dict[str, str]:
-    mine = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": f"{mine}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "RUN_LLM_JOB": token,
-        "RUN_LLM_NODE": str(job.node),
-        "LOCAL_WORLD_SIZE": str(job.local),
-        "PYTHONUNBUFFERED": "1",  # a log that ends where a killed process did
-    }
-
-
-def _clear(job: Job) -> None:
-    """Move the logs of an earlier start, of this machine's ranks, out of the way: into LOG_DIR/before."""
-    names = [f"worker_{rank}.log" for rank in job.ranks_of(job.node)]
-    if job.node == 0:
-        names += ["scheduler.log", "msrun.log"]
-        more = sorted(job.log_dir.glob("worker_*.log"))
-        names += [path.name for path in more if path.name not in names and _rank(path) >= job.ranks]
-    before = job.log_dir / "before"
-    for name in names:
-        if (job.log_dir / name).exists():
-            before.mkdir(exist_ok=True)
-            shutil.move(job.log_dir / name, before / name)
-
-
-def _rank(path: Path) -> int:
-    text = path.stem.removeprefix("worker_")
-    return int(text) if text.isdecimal() else -1
-
-
 def _stop_signal(status: int) -> int | None:
     """The stop signal that a process followed: it says so by its code, or died of it before it could."""
     number = -status if status < 0 else status - 128
     return number if number in (signal.SIGTERM, signal.SIGINT) else None
-
-
-def _state(pid: int) -> str:
-    """The letter that /proc has for a process' state; "" if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def _send_signal(link: socket.socket, number: int) -> None:

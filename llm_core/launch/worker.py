@@ -28,6 +28,7 @@ def main() -> int:
         if os.environ["RUN_LLM_NODE"] != "0":  # msrun goes by addresses, and two nodes may share one
             return 0
         name, command = "scheduler", [command[0], "-c", _SCHEDULER]
+        os.environ["GLOG_v"] = "2"  # it then names the ranks that have come
     else:
         name = os.environ["RANK_ID"]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's `&` leaves SIGINT ignored

@@ -45,7 +45,9 @@ def test_a_prompt_stays_what_it_is(text):
 
 def test_the_interpreter_is_ours_unless_a_path_names_another():
     assert job(f"python3.11 {RUN}").interpreter == sys.executable
-    assert job(f"/opt/python/bin/python {RUN}").interpreter == "/opt/python/bin/python"
+    assert job(f"{sys.executable} {RUN}").interpreter == sys.executable
+    with pytest.raises(UserError, match="/no/python: no such interpreter"):
+        job(f"/no/python {RUN}")
 
 
 @pytest.mark.parametrize(

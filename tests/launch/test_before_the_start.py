@@ -129,6 +129,27 @@ def test_the_end_of_a_log(tmp_path):
     assert failure.quote(tmp_path / "none") == [f"  {tmp_path / 'none'} is empty"]
 
 
+def test_who_was_waited_for(tmp_path):
+    """Lines of MindSpore's own logs."""
+    log = tmp_path / "scheduler.log"
+    log.write_text("RuntimeError: The total number of timed out node is 1. Timed out node list is: [const vector]{1}\n")
+    assert failure.waited(log)
+    log.write_text("[ERROR] DISTRIBUTED(11): ReduceBroadcastAllReduce] Reduce wait receiving [pair] failed.\n")
+    assert failure.waited(log)
+    log.write_text("ValueError: no data\n")
+    assert not failure.waited(log) and failure.not_joined(log, 2) == []
+
+
+def test_who_did_not_join(tmp_path):
+    log = tmp_path / "scheduler.log"
+    came = "[WARNING] The new node: 1(role: MS_WORKER), rank id: {}, device id: 1 is registered successfully."
+    text = came.format(0) + "\n" + "[WARNING] Topology build timed out., retry(1/30).\n" * 5000 + came.format(2) + "\n"
+    log.write_text(text)
+    assert failure.not_joined(log, 4) == []  # they may still come
+    log.write_text(text + "[ERROR] ... InitializeCluster] Failed to initialize cluster.\n")
+    assert failure.not_joined(log, 4) == [1, 3]
+
+
 def test_lists_of_ranks():
     assert failure.rank_list([3]) == "rank 3"
     assert failure.rank_list([7, 0, 1, 2]) == "ranks 0-2 and 7"

@@ -2,9 +2,9 @@
 
     worker_script.py FOLDER STEPS [ARGUMENTS ...]      each rank writes FOLDER/rank_R.json with what it was given
 
-A stop signal is agreed upon, as by a training run: all ranks save after the same step and end with its code. Faults, as
-lines of FOLDER/faults: `exit RANK CODE` ends that rank before it joins, once. Without MindSpore (STEPS 0) a rank only
-waits for a stop signal; `deaf RANK` ignores it.
+A stop signal is agreed upon, as by a training run: all ranks save after the same step and end with its code. Without
+MindSpore (STEPS 0) a rank only waits for one. Faults, as lines of FOLDER/faults: `exit RANK CODE` ends that rank before
+it joins, once; `late RANK` never lets it join; `deaf RANK` makes it ignore stop signals.
 """
 
 import json
@@ -59,6 +59,9 @@ def work() -> int:
 
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
+        while faults("late"):
+            print("I am late", flush=True)
+            time.sleep(600)
         init()
         total = Sum()
         for step in range(steps):

@@ -1,0 +1,100 @@
+"""Two machines: network namespaces with a cable between them, each with its own addresses and host names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+class Machines:
+    """Two namespaces; `inside(0)` is the command prefix that runs something on the first one."""
+
+    def __init__(self) -> None:
+        self.names = [f"launch{os.getpid()}{letter}" for letter in "ab"]
+        self.addresses = ["10.231.7.1", "10.231.7.2"]
+
+    def inside(self, node: int) -> list[str]:
+        return ["ip", "netns", "exec", self.names[node]]
+
+    def build(self) -> None:
+        cables = [f"{name[-10:]}v" for name in self.names]
+        for name in self.names:
+            ip("netns", "add", name)
+            folder = Path("/etc/netns") / name
+            folder.mkdir(parents=True)
+            hosts = [f"{address} node{node:02}" for node, address in enumerate(self.addresses)]
+            (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts]) + "\n")
+        ip("link", "add", cables[0], "netns", self.names[0], "type", "veth", "peer", cables[1], "netns", self.names[1])
+        for name, cable, address in zip(self.names, cables, self.addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+
+    def remove(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip (iproute2) to make network namespaces")
+    machines = Machines()
+    try:
+        machines.build()
+        subprocess.run([*machines.inside(0), "true"], check=True, capture_output=True, text=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        machines.remove()
+        pytest.skip(f"needs the right to make network namespaces: {getattr(error, 'stderr', '') or error}")
+    yield machines
+    machines.remove()
+
+
+def ranks_at(step: int, *nodes) -> bool:
+    return all(node.reached(step, rank) for rank, node in enumerate(nodes))
+
+
+def test_two_machines_work_together_and_a_stop_signal_on_one_stops_both(launch, machines, tmp_path):
+    first, second = (
+        launch(
+            tmp_path / f"node{node}", 500, "CMD", "2", "1", machines.addresses[0], "8118", str(node), "logs", "True",
+            "120", inside=machines.inside(node),
+        )
+        for node in range(2)
+    )  # fmt: skip
+    first.wait_for(lambda: ranks_at(3, first, second))
+    assert "step 2\n" in first.output and second.output == ""
+    assert (tmp_path / "node1/logs/worker_1.log").exists() and not (tmp_path / "node1/logs/scheduler.log").exists()
+    second.process.send_signal(signal.SIGTERM)
+    assert second.end(50) == 143 and first.end(50) == 143
+    saved = [(tmp_path / f"node{rank}/saved_{rank}.json").read_text() for rank in range(2)]
+    assert saved[0] == saved[1]
+
+
+def test_tasks_of_srun_and_a_failure_that_is_known_on_both(launch, machines, tmp_path):
+    """srun itself is not here; its environment is all that the script sees of it."""
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[00-01]"}
+    first, second = (
+        launch(
+            tmp_path / f"node{node}", 500, "CMD", "1", "logs", "120", inside=machines.inside(node),
+            script="slurm_launch.sh", **slurm, SLURM_PROCID=str(node), SLURM_NODEID=str(node),
+        )
+        for node in range(2)
+    )  # fmt: skip
+    first.wait_for(lambda: ranks_at(2, first, second))
+    os.kill(second.rank(1)["pid"], signal.SIGKILL)
+    assert second.end(60) == 137 and first.end(10) == 137
+    assert "rank 1 was killed by SIGKILL" in second.errors
+    assert "node 1: rank 1 was killed by SIGKILL" in first.errors
+    assert f"scheduler at {machines.addresses[0]}:20077" in first.errors
