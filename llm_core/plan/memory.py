@@ -18,9 +18,9 @@ MIB = 2**20
 FLOAT, HALF = 4, 2
 
 # What a process of a run holds on a CPU beside its numbers: the graphs that MindSpore has compiled, its pool's waste,
-# matplotlib. In MiB, and by measurement (docs/plan.md): a fixed part, one for each layer, one for each of a layer's
-# parameters, and one for a second graph where gradients are accumulated.
-PROGRAM, PROGRAM_LAYER, PROGRAM_TENSOR, PROGRAM_WINDOW = 100, 10.75, 0.6, 17
+# matplotlib. In MiB, and by measurement (docs/plan.md): a fixed part; for each layer; for each parameter, an adapter's
+# and others'; for a second graph where gradients are accumulated.
+PROGRAM, PROGRAM_LAYER, PROGRAM_TENSOR, PROGRAM_ADAPTER, PROGRAM_WINDOW = 100, 10.75, 0.6, 1.6, 17
 
 
 class Memory(NamedTuple):
@@ -102,23 +102,52 @@ def in_flight(layout: Layout, stage: int, window: int) -> int:
 def layer_bytes(job: Job, layout: Layout) -> float:
     """Bytes that a layer keeps of each token for its backward pass.
 
-    The input of a layer's last product is kept for the gradient of its weight, and only where that, or LoRA on it,
-    learns; the other inputs are kept by the norms and the attention in any case.
+    The sums of the residual stream for the norms; queries, keys, values, output and log sums for the attention; the
+    feed-forward's middle for its activation; what goes into products whose weights, or whose LoRA, learn.
     """
     spec, tp = job.spec, layout.tp
     stream = spec.hidden_size / (tp if layout.sequence_parallel else 1)
     q, kv, f = spec.q_size / tp, spec.kv_size / min(tp, spec.num_kv_heads), spec.ffn_size / tp
-    norms = 1 if spec.residual == "parallel" else 2
-    inputs = 1 if spec.residual == "sequential" else 0  # the sum between the branches
     factor = HALF if job.narrow and not job.device.is_cpu else FLOAT
-    residual = FLOAT * stream * (1 + inputs) + factor * stream * norms
-    attention = factor * (2 * q + 2 * kv) + FLOAT * spec.num_heads / tp
+    residual = FLOAT * stream * (2 if spec.residual == "sequential" else 1)
+    attention = factor * (2 * q + 2 * kv * _keys_share(job)) + FLOAT * spec.num_heads / tp
     if factor == HALF:
         attention += HALF * q  # its output once more, as a factor of the next product
-    middle = 2 if spec.mlp == "swiglu" else 1
+    middle = FLOAT * f * (2 if spec.mlp == "swiglu" else 1)
+    return residual + attention + middle + factor * _input_values(job, tp, stream, f)
+
+
+def _keys_share(job: Job) -> float:
+    """Keys that are kept, as a share of a row's own: a prefix stands before them, in a copy."""
+    length = getattr(job.pet, "prefix_token_num", 0) or getattr(job.pet, "pre_seq_len", 0)
+    return 2 + length / job.length if length else 1
+
+
+def _input_values(job: Job, tp: int, stream: float, middle: float) -> float:
+    """Values of a token that go into a layer's products and are kept for the gradients of weights.
+
+    A full tuning keeps what the norms and the activation give. LoRA keeps that where it has no dropout; with dropout it
+    keeps a copy for each of its own. The attention keeps its output in any case.
+    """
+    apart = job.spec.residual != "parallel"  # the feed-forward has a norm of its own
+    if job.pet is None or getattr(job.pet, "freeze_exclude", None):
+        return stream * (1 + apart) + middle
     adapted = _adapted(job)
-    last = factor * f if job.pet is None or any(name.endswith(".w2") for name in adapted) else 0.0
-    return residual + attention + FLOAT * middle * f + last + _adapter_bytes(job, layout, adapted, factor)
+    if not adapted:
+        return 0.0
+    inputs = {"attention": stream, "up": stream if apart else 0.0, "down": middle}
+    kept, shared = 0.0, set()
+    for name, (_, width) in adapted.items():
+        leaf = name.rpartition(".")[2]
+        cut = tp if leaf in ("wo", "w2") else 1
+        kept += (width / cut if job.pet.lora_dropout else 0) + job.pet.lora_rank
+        shared.add({"wo": "", "w2": "down", "w1": "up", "w3": "up"}.get(leaf, "attention"))
+    share = 1 / job.spec.num_layers
+    if job.pet.lora_dropout:
+        return kept * share
+    if not apart and "up" in shared:
+        shared.add("attention")
+    return kept * share + sum(inputs[group] for group in shared if group)
 
 
 def _adapted(job: Job) -> dict[str, tuple[int, int]]:
@@ -128,15 +157,6 @@ def _adapted(job: Job) -> dict[str, tuple[int, int]]:
     from llm_core.peft.lora import targets
 
     return {name: shape for name, shape in targets(job.spec, job.pet).items() if name.startswith("model.layers.")}
-
-
-def _adapter_bytes(job: Job, layout: Layout, adapted: dict[str, tuple[int, int]], factor: int) -> float:
-    """What LoRA keeps beside: with dropout, another input for each of its products; its narrow middle."""
-    kept = 0.0
-    for name, (_, inputs) in adapted.items():
-        cut = layout.tp if name.endswith((".wo", ".w2")) else 1
-        kept += factor * ((inputs / cut if job.pet.lora_dropout else 0) + job.pet.lora_rank)
-    return kept / job.spec.num_layers
 
 
 def _selected_bytes(job: Job, layout: Layout) -> float:
@@ -179,8 +199,8 @@ def _buffers(job: Job, layout: Layout, owned: Held, layers: int) -> float:
     if not job.device.is_cpu:
         copies = HALF * owned.products if job.narrow else 0.0
         return copies + gathered + groups * job.device.communicator
-    tensors = owned.tensors - 3
-    program = PROGRAM + PROGRAM_LAYER * layers + PROGRAM_TENSOR * tensors
+    program = PROGRAM + PROGRAM_LAYER * layers
+    program += PROGRAM_TENSOR * (owned.tensors - owned.adapters) + PROGRAM_ADAPTER * owned.adapters
     if micro_batches(job, layout) > 1:
         program += PROGRAM_WINDOW
     return MIB * program + gathered

@@ -51,7 +51,7 @@ class Held(NamedTuple):
     """Values on one rank: each count, and beside it how much of that ZeRO may cut over dp.
 
     products: of matrices that tokens are multiplied with; of these `learning_products` have a gradient. largest: values
-    of the largest tensor. tensors: how many there are.
+    of the largest tensor. tensors: how many there are, adapters: how many of these are an adapter's.
     """
 
     weights: int = 0
@@ -64,7 +64,7 @@ class Held(NamedTuple):
     learning_products: int = 0
     largest: int = 0
     tensors: int = 0
-    learning_tensors: int = 0
+    adapters: int = 0
 
     def plus(self, other: Held, times: int = 1) -> Held:
         """With so many of the other beside it."""
@@ -176,7 +176,7 @@ def _held(found: Iterable[tuple[str, Cut, bool]], layout: Layout, optimizer: Any
         product = size if len(shape) == 2 and name != EMBEDDING else 0
         held = held.plus(Held(
             size, cuts * size, learns * size, learns * cuts * size, state, cuts * state, product, learns * product,
-            size, 1, learns * 1,
+            size, 1, is_adapter_name(name) * 1,
         ))  # fmt: skip
     return held
 

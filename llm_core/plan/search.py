@@ -155,22 +155,27 @@ class Planner:
         )
 
     def changes(self, now: Estimate, count: int = 3) -> list[tuple[str, Estimate]]:
-        """The changes with which a layout that does not fit does: first those that need no more devices (single ones,
-        then pairs that only together help), each kind by what it costs in time of all devices."""
+        """The changes with which a layout that does not fit does: single ones, and pairs of which neither is enough;
+        one of each kind. Those that need no more devices come first, LoRA and something else last among them, then
+        those that cost less time of all devices."""
         single = list(_changes(now))
         tried = [((change,), self._changed(now, (change,))) for change in single]
-        helpful = {change for (change,), estimate in tried if estimate is not None and estimate.fits}
-        pairs = itertools.combinations([change for change in single if change not in helpful], 2)
+        enough = {changes[0] for changes, estimate in tried if estimate is not None and estimate.fits}
+        pairs = itertools.combinations([change for change in single if change not in enough], 2)
         tried += [(pair, self._changed(now, pair)) for pair in pairs]
-        found = [(changes, estimate) for changes, estimate in tried if estimate is not None and estimate.fits]
 
-        def cost(pair: tuple[tuple[_Change, ...], Estimate]) -> tuple[bool, int, float]:
+        def cost(pair: tuple[tuple[_Change, ...], Estimate]) -> tuple[bool, bool, float, int]:
             changes, estimate = pair
             world = estimate.layout.world
-            return world > now.layout.world, len(changes), estimate.time.total * world
+            trains_less = len(changes) > 1 and any(change.kind == "lora" for change in changes)
+            return world > now.layout.world, trains_less, estimate.time.total * world, len(changes)
 
-        return [(" and ".join(each.text for each in changes), estimate) for changes, estimate in sorted(found, key=cost)
-               ][:count]  # fmt: skip
+        found: dict[frozenset[str], tuple[str, Estimate]] = {}
+        fitting = [(changes, estimate) for changes, estimate in tried if estimate is not None and estimate.fits]
+        for changes, estimate in sorted(fitting, key=cost):
+            kind = frozenset(change.kind for change in changes)
+            found.setdefault(kind, (" and ".join(change.text for change in changes), estimate))
+        return list(found.values())[:count]
 
     def _changed(self, now: Estimate, changes: tuple[_Change, ...]) -> Estimate | None:
         """With these changes; None where they do not go with each other or the model."""
@@ -185,6 +190,9 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Change:
+    """What could be done; of several of one kind the best is shown."""
+
+    kind: str
     text: str
     apply: Callable[[Job, Layout], tuple[Job, Layout]]
 
@@ -193,42 +201,37 @@ def _changes(now: Estimate) -> Iterator[_Change]:
     """What could be done to a layout that does not fit."""
     job, layout = now.job, now.layout
     if not job.recompute and not job.device.is_cpu:
-        yield _Change("recompute_config.recompute True", lambda job, layout: (replace(job, recompute=True), layout))
-    if layout.dp > 1:
-        for zero in range(layout.zero + 1, 4):
-            yield _Change(
-                f"parallel.zero_stage {zero}", lambda job, layout, zero=zero: (job, replace(layout, zero=zero))
-            )
+        text = "recompute_config.recompute True"
+        yield _Change("recompute", text, lambda job, layout: (replace(job, recompute=True), layout))
+    for zero in range(layout.zero + 1, 4) if layout.dp > 1 else ():
+        text = f"parallel.zero_stage {zero}"
+        yield _Change("zero", text, lambda job, layout, zero=zero: (job, replace(layout, zero=zero)))
     for rows in _powers(job.rows, job.rows // 2):
-        factor = job.rows // rows
-        yield _Change(
-            f"batch_size {rows} with {factor} times the micro-batches",
-            lambda job, layout, rows=rows: (replace(job, rows=rows), layout),
-        )
-    for key, name in (("tp", "model_parallel"), ("pp", "pipeline_stage")):
-        for factor in (2, 4, 8):
-            yield from _wider(layout, key, name, factor)
+        text = f"batch_size {rows} with {job.rows // rows} times the micro-batches"
+        yield _Change("rows", text, lambda job, layout, rows=rows: (replace(job, rows=rows), layout))
+    for factor in (2, 4, 8):
+        yield _Change("tp", f"model_parallel {layout.tp * factor}", _wider("tp", factor))
+        yield _Change("pp", f"pipeline_stage {layout.pp * factor}", _wider("pp", factor))
     if layout.world == 1:
-        yield _Change("data_parallel 2 with zero_stage 3", lambda job, layout: (job, replace(layout, dp=2, zero=3)))
+        text = "data_parallel 2 with zero_stage 3"
+        yield _Change("dp", text, lambda job, layout: (job, replace(layout, dp=2, zero=3)))
     if job.pet is None:
         pet = LoraConfig(pet_type="lora")
-        yield _Change("LoRA (pet_config.pet_type lora)", lambda job, layout: (replace(job, pet=pet), layout))
+        text = "LoRA (pet_config.pet_type lora)"
+        yield _Change("lora", text, lambda job, layout: (replace(job, pet=pet), layout))
 
 
-def _wider(layout: Layout, key: str, name: str, factor: int) -> Iterator[_Change]:
+def _wider(key: str, factor: int) -> Callable[[Job, Layout], tuple[Job, Layout]]:
     """More ranks along tp or pp: taken from dp where that has them, otherwise more devices."""
-    wide = getattr(layout, key) * factor
-    dp, left = divmod(layout.dp, factor)
-    text = f"{name} {wide}"
-    if left:
-        dp, text = layout.dp, f"{text} on {layout.world * factor} devices"
-    else:
-        text = f"{text}, data_parallel {dp}"
 
     def apply(job: Job, layout: Layout) -> tuple[Job, Layout]:
-        return job, replace(layout, **{key: wide}, dp=dp, offset=(), zero=layout.zero if dp > 1 else 0)
+        dp, left = divmod(layout.dp, factor)
+        dp = layout.dp if left else dp
+        zero = layout.zero if dp > 1 else 0
+        wide = getattr(layout, key) * factor
+        return job, replace(layout, **{key: wide}, dp=dp, zero=zero, chunks=1, offset=())
 
-    yield _Change(text, apply)
+    return apply
 
 
 def _require_batch(job: Job, layout: Layout) -> None:

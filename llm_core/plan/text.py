@@ -98,8 +98,12 @@ def change_lines(now: Estimate, changes: list[tuple[str, Estimate]]) -> list[str
     """What makes it fit, with memory and time."""
     if not changes:
         return ["no change that was tried makes it fit: take more devices, a shorter seq_length or a smaller model"]
-    rows = [[text, _size(each.fullest.total), f"{each.time.total:.3g}", _speed(each)] for text, each in changes]
-    return ["what makes it fit, cheapest first:", *table_lines(["change", "GiB", "s a step", "tokens/s/device"], rows)]
+    rows = []
+    for text, each in changes:
+        layout, size = each.layout, _size(each.fullest.total)
+        rows.append([text, layout.describe(), layout.world, size, f"{each.time.total:.3g}", _speed(each)])
+    header = ["change", "layout", "devices", "GiB", "s a step", "tokens/s/device"]
+    return ["what makes it fit, cheapest first:", *table_lines(header, rows, left=2)]
 
 
 def layout_lines(devices: int, found: list[Estimate]) -> list[str]:

@@ -71,16 +71,18 @@ def _gathers(job: Job, layout: Layout, owned: Held, window: int) -> float:
 
 
 def _tensors(job: Job, layout: Layout, layers: int, first: bool, last: bool) -> float:
-    """Over tp, in units of the residual stream: two sums a layer forward and two backward, and those of a forward pass
-    that is computed again; one more for a cut embedding, and one for a cut head."""
+    """Over tp, in units of the residual stream: sums of what two products of a layer give, and of the gradients of what
+    its norms give; the former once more where a forward pass is repeated. Besides one for a cut embedding, and one for
+    a cut head. With sequence parallelism each is a scatter and a gather."""
     if layout.tp == 1:
         return 0.0
-    sums = 4.0 * layers
-    if layout.pp > 1 or (job.recompute and not job.device.is_cpu):
-        sums += 2.0 * layers
+    repeats = layout.pp > 1 or (bool(job.recompute) and not job.device.is_cpu)
+    norms = 1 if job.spec.residual == "parallel" else 2
+    sums = (norms + 2 + 2 * repeats) * layers
     sums += first * embedding_is_cut(job.spec, layout)
     sums += last * vocabulary_is_cut(job.spec, layout)
-    return 2 * _ring(layout.tp) * sums
+    each = 2 * _scatter(job, layout.tp) if layout.sequence_parallel else 2 * _ring(layout.tp)
+    return each * sums
 
 
 def _stages(layout: Layout, first: bool, last: bool) -> float:

@@ -11,7 +11,7 @@ from llm_core.parallel.layout import Layout
 from llm_core.plan import estimate
 from llm_core.plan.devices import device_named
 from llm_core.plan.job import Job, job_of
-from llm_core.plan.memory import MIB
+from llm_core.plan.memory import MIB, layer_bytes
 from llm_core.plan.search import Planner
 
 # The demo's Llama: 4 layers, 256 wide, 8 heads over 4, feed-forward 688, 4096 pieces.
@@ -85,6 +85,23 @@ def test_70b_by_two_by_four_by_eight():
     assert found.memory[3].state == 8 * (norms + (10 * layer - norms) // 2)  # ZeRO 1 over dp 2; norms are 32 KB
 
 
+def layer_of(changes: dict) -> float:
+    """Values of a token that the demo's layer keeps on a CPU with this pet_config."""
+    job = demo_job("lora_llama_demo", device="cpu")
+    job = replace(job, pet=job.pet.model_copy(update=changes))
+    return layer_bytes(job, Layout()) / 4
+
+
+def test_what_lora_keeps_of_the_inputs_of_products():
+    without = 2 * 256 + 2 * 256 + 2 * 128 + 2 * 688 + 8  # sums for the norms, attention, gate and up
+    every = "wq|wk|wv|wo|w1|w2|w3"
+    assert layer_of({"lora_dropout": 0, "target_modules": every}) == without + 2 * 256 + 688 + 7 * 8
+    assert layer_of({"lora_dropout": 0.1, "target_modules": every}) == without + 6 * 256 + 688 + 7 * 8  # a copy each
+    assert layer_of({"lora_dropout": 0, "target_modules": "wq|wv"}) == without + 256 + 2 * 8
+    assert layer_of({"lora_dropout": 0, "target_modules": "w2"}) == without + 688 + 8
+    assert layer_of({"lora_dropout": 0, "target_modules": "wo"}) == without + 8  # the attention keeps it in any case
+
+
 @pytest.mark.parametrize("name", ["lora_llama_demo", "prefixtuning_llama_demo"])
 def test_frozen_weights_have_no_gradients(name: str):
     one = Planner(demo_job(name)).estimate(Layout()).fullest
@@ -145,6 +162,18 @@ def test_traffic_of_tensors_and_stages():
     assert (sent.gradients, sent.gathers, sent.stages) == (0, 0, 0)
     found = Planner(demo_job()).estimate(Layout(pp=4)).traffic
     assert [found[stage].stages for stage in range(4)] == [stream, 2 * stream, 2 * stream, stream]
+
+
+def test_one_norm_needs_one_sum_of_gradients_less():
+    stream = 4 * 256 * 256 * 32
+    job = demo_job("pretrain_falcon_demo")  # its branches are parallel, its head is the whole embedding
+    assert Planner(job).estimate(Layout(tp=2)).traffic[0].tensors == pytest.approx(stream * 4 * 3)
+
+
+def test_sequence_parallelism_costs_a_cpu_twice():
+    rows = Layout(tp=2, sequence_parallel=True)
+    found = [Planner(demo_job(device=name)).estimate(rows).traffic[0].tensors for name in ("910B", "cpu")]
+    assert found[1] == 2 * found[0]
 
 
 def test_time_of_the_products():
