@@ -56,7 +56,7 @@ FLAGS = (
     Flag("--profile", ("profile",), "write a timeline of some steps", "BOOL"),
     Flag("--predict_batch_size", ("predict_batch_size",), "prompts answered together", "N"),
     Flag("--do_sample", ("model.model_config.do_sample",), "sample instead of taking the likeliest token", "BOOL"),
-    Flag("--use_parallel", ("use_parallel",), "several ranks: not built yet, give False", "BOOL"),
+    Flag("--use_parallel", ("use_parallel",), "several ranks (scripts/msrun_launcher.sh)", "BOOL"),
     Flag("--device_target", ("context.device_target",), "device", "{Ascend,GPU,CPU}"),
     Flag("--device_id", ("context.device_id",), "number of the device", "N"),
     Flag("--mode", ("context.mode",), "0 = graph", "N"),

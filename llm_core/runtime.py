@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -259,14 +259,31 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """The cell's own result."""
+        if self.prepare(*args):
+            _compiled_by_all()
+        return self.cell(*args)
+
+    def prepare(self, *args: Any) -> bool:
+        """Compile for these arguments' shapes, unless that has been done; whether it had to be."""
         shapes = str([(tuple(arg.shape), str(arg.dtype)) for arg in args])
         if shapes in self._seen:
-            return self.cell(*args)
+            return False
         with compile_cache(cell=type(self.cell).__name__, shapes=shapes, training=self.cell.training, **self.key):
             self.cell.compile(*args)
         _return_free_memory()
         self._seen.add(shapes)
-        return self.cell(*args)
+        return True
+
+
+def after_compiling(meet: Callable[[], Any]) -> None:
+    """Call `meet` whenever a graph has been compiled, before it runs: where all ranks compile the same ones, to wait
+    for each other, since they are not equally quick at it."""
+    global _compiled_by_all
+    _compiled_by_all = meet
+
+
+def _compiled_by_all() -> None:
+    """One process waits for nobody."""
 
 
 def _return_free_memory() -> None:

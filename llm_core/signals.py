@@ -48,6 +48,10 @@ class StopSignals:
 
     def __call__(self) -> bool:
         """Whether one of the signals came since the context began; `received` then says which."""
+        return self.look()
+
+    def look(self) -> bool:
+        """The same, of this process alone."""
         if self._active and self.numbers & signal.sigpending():
             self.received = signal.Signals(signal.sigwait(self.numbers))
         return self.received is not None
@@ -58,7 +62,7 @@ class StopSignals:
         return 128 + self.received if self.received is not None else 0
 
     def __exit__(self, *_: object) -> None:
-        self()
+        self.look()
         if self._active:
             if signal.SIGINT in self.numbers:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

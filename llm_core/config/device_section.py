@@ -118,6 +118,9 @@ class ParallelSection(Section):
         "sharding_propagation", "Search of auto parallel."
     )
     enable_parallel_optimizer: bool = key(False, "Shard the optimizer over data_parallel.")
+    zero_stage: Literal[0, 1, 2, 3] = key(
+        0, "What data_parallel ranks share out: 1 the optimizer's state, 2 gradients too, 3 parameters too. (Ours.)"
+    )
     strategy_ckpt_save_file: str = key("./ckpt_strategy.ckpt", "Written to output_dir/strategy.")
     strategy_ckpt_load_file: str | None = key(None, "Layout of load_checkpoint.")
     strategy_ckpt_config: StrategyCkptConfig | None = key(None, "Newer form of both.")

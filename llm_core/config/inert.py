@@ -112,8 +112,6 @@ INERT: dict[str, Inert] = {
     "model.model_config.use_ring_attention": Inert("a sequence is not shared between ranks", _OFF),
     "model.model_config.parallel_optimizer": Inert("parallel.enable_parallel_optimizer says it"),
     "model.model_config.fine_grain_interleave": Inert(_ASCEND_GRAPH),
-    "model.model_config.pp_interleave_num": Inert("every pipeline stage holds one run of layers", (None, 1)),
-    "model.model_config.offset": Inert("layers are spread evenly over pipeline stages", (None, 0)),
     "model.model_config.fused_rms_norm": Inert("the fused kernel is used where there is one"),
     "model.model_config.quant_config": Inert("weights are not quantized", (None,)),
     "model.model_config.llm_backend": Inert("there is one backend"),

@@ -73,6 +73,10 @@ class DecoderConfig(Section):
         None, "Longest context the base model was trained with; null = seq_length. RoPE scaling starts from it.", ge=1
     )
     initializer_range: float = key(0.02, "Standard deviation of the initial weights. (Ours.)", gt=0)
+    offset: int | list[int] | None = key(
+        0, "Layers that each pipeline stage has beyond an even share: a list whose sum is 0."
+    )
+    pp_interleave_num: int = key(1, "Pieces of the model that each pipeline stage has.", ge=1)
     hidden_dropout_rate: float = key(0.0, "Dropout on the outputs of attention and feed-forward. (Ours.)", ge=0, lt=1)
     attention_dropout_rate: float = key(0.0, "Dropout on attention probabilities. (Ours.)", ge=0, lt=1)
     theta: float = key(10000.0, "Base of the rotary embedding.", gt=0)

@@ -55,7 +55,9 @@ class RunConfig(Section):
     auto_trans_ckpt: bool = key(False, "Convert load_checkpoint to this run's layout.")
     transform_process_num: int = key(1, "Ranks that do the conversion.", ge=1)
     only_save_strategy: bool = key(False, "Write the layout files and end (several ranks).")
-    use_parallel: bool = key(False, "Several ranks. They are not built yet: only False runs.")
+    use_parallel: bool = key(
+        False, "Several ranks, started by scripts/msrun_launcher.sh, in the layout of parallel_config."
+    )
     do_eval: bool = key(False, "Measure the loss on eval_dataset during training.")
     eval_step_interval: int = key(100, "Steps between two evaluations; 0 or less = not by steps.")
     eval_epoch_interval: int = key(-1, "Epochs between two; 0 or less = not by epochs.")

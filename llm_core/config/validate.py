@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from typing import Any
@@ -116,8 +117,10 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
     mode = config.run_mode
     need(mode is not None, "run_mode", "is not given; add --run_mode train, finetune, eval or predict")
     if config.use_parallel:
-        _need_launcher(where("use_parallel"), problems)
-    need(not config.only_save_strategy, "only_save_strategy", "one process has no layout to save; set it to False")
+        _need_ranks(config, need)
+        _need_layout(config, need)
+    else:
+        need(not config.only_save_strategy, "only_save_strategy", "one process has no layout to save; set it to False")
     if mode in ("train", "finetune"):
         _need_training(config, need)
     measures_records = mode == "eval" and any(metric.type != "ChoiceMetric" for metric in config.metric)
@@ -135,13 +138,52 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
         )
 
 
-def _need_launcher(where: str, problems: Problems) -> None:
-    ranks = os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM")
-    if ranks is None:
-        what = "True, but runs of several ranks are not built yet; add --use_parallel False"
-        problems.add(where, "use_parallel", what)
-    elif ranks != "1":
-        problems.add(where, "use_parallel", f"{ranks} ranks, but runs of several ranks are not built yet; start one")
+def _need_ranks(config: RunConfig, need: Any) -> None:
+    """As many processes as the layout has ranks."""
+    layout = config.parallel_config
+    sizes = (layout.data_parallel, layout.model_parallel, layout.pipeline_stage)
+    ranks = math.prod(sizes)
+    started = int(os.environ.get("MS_WORKER_NUM") or os.environ.get("RANK_SIZE") or 1)
+    product = " x ".join(map(str, sizes))
+    need(
+        started == ranks, "parallel_config" if started > 1 else "use_parallel",
+        f"data_parallel x model_parallel x pipeline_stage = {product} = {ranks} ranks, and {started} "
+        f"{'is' if started == 1 else 'are'} started: start them with "
+        f'bash scripts/msrun_launcher.sh "run_llm.py ..." {ranks}, or add --use_parallel False',
+    )  # fmt: skip
+
+
+def _need_layout(config: RunConfig, need: Any) -> None:
+    """Nothing that several ranks cannot do."""
+    layout, model, context = config.parallel_config, config.model.config, config.parallel
+    need(layout.context_parallel == 1, "parallel_config.context_parallel", "a sequence is not shared between ranks")
+    need(layout.expert_parallel == 1, "parallel_config.expert_parallel", "no family here has experts; set it to 1")
+    stages = layout.pipeline_stage
+    need(
+        stages == 1 or layout.micro_batch_num >= stages, "parallel_config.micro_batch_num",
+        f"{layout.micro_batch_num} is below pipeline_stage {stages}: stages would idle; take {stages} or more",
+    )  # fmt: skip
+    zero = max(context.zero_stage, int(context.enable_parallel_optimizer)) if layout.data_parallel > 1 else 0
+    optimizer = config.optimizer.type if config.optimizer is not None else ""
+    need(
+        not optimizer.lower().startswith("adafactor") or (zero == 0 and layout.model_parallel == 1), "optimizer.type",
+        f"{optimizer} needs whole matrices, which no rank has under model_parallel or ZeRO: take AdamW",
+    )  # fmt: skip
+    need(
+        not getattr(model.pet_config, "use_dora", False) or (zero < 3 and layout.model_parallel == 1),
+        "model.model_config.pet_config.use_dora",
+        "needs whole weights, which no rank has under model_parallel or zero_stage 3: take plain LoRA",
+    )
+    if stages > 1:
+        need(config.run_mode != "predict", "parallel_config.pipeline_stage", "prediction does not run in a pipeline: 1")
+        need(config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor does not run in a pipeline")
+    if layout.use_seq_parallel and layout.model_parallel > 1:
+        need(config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor does not run with use_seq_parallel")
+        rows = config.runner_config.batch_size * model.seq_length
+        need(
+            rows % layout.model_parallel == 0, "parallel_config.use_seq_parallel",
+            f"batch_size x seq_length = {rows} is not a multiple of model_parallel {layout.model_parallel}",
+        )  # fmt: skip
 
 
 def _need_training(config: RunConfig, need: Any) -> None:

@@ -21,8 +21,11 @@ def open_records(dataset: Any, kind: str) -> RecordFile:
     return RecordFile(path)
 
 
-def open_loader(config: Any, dataset: Any, kind: str) -> Loader:
-    """The loader over them. An evaluation goes through all records once, in their order."""
+def open_loader(config: Any, dataset: Any, kind: str, rank: int = 0, world: int = 1) -> Loader:
+    """The loader over them. An evaluation goes through all records once, in their order.
+
+    rank, world: of data parallelism, whose ranks share the rows of every batch.
+    """
     model, head = config.model.config, head_of(config.model.arch.type)
     records = open_records(dataset, kind)
     kinds = {manifest.get("kind") for manifest in records.manifests.values()}
@@ -41,6 +44,8 @@ def open_loader(config: Any, dataset: Any, kind: str) -> Loader:
         seed=config.seed if dataset.seed is None else dataset.seed,
         drop_remainder=bool(dataset.drop_remainder) and kind == "train",
         num_samples=dataset.data_loader.num_samples,
+        rank=rank,
+        world=world,
         vocab_size=model.vocab_size,
         num_labels=None if head == "causal" else model.num_labels,
         kind=kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import mindspore as ms
 import numpy as np
@@ -15,6 +16,9 @@ from llm_core.errors import UserError
 from llm_core.models.heads import ANSWER_ENDS, ANSWER_STARTS, TokenClassifier
 from llm_core.report.console import console
 from llm_core.runtime import Compiled
+
+if TYPE_CHECKING:
+    from llm_core.parallel.comm import Comm
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ class _Logits(nn.Cell):
 class Classification:
     """Measures `net`, whose weights are shared, not copied: make it once and call `measure` as training goes on."""
 
-    def __init__(self, net: TokenClassifier) -> None:
-        self._head, self._classes = net.spec.head, net.spec.num_labels
+    def __init__(self, net: TokenClassifier, comm: Comm | None = None) -> None:
+        """comm: with the ranks that have the other rows of every batch."""
+        self._head, self._classes, self._comm = net.spec.head, net.spec.num_labels, comm
         self._logits = Compiled(_Logits(net).set_train(False), spec=net.spec, **net.graph_key)
 
     def measure(self, loader: Loader, desc: str = "evaluate") -> ClassificationResult:
@@ -67,6 +72,9 @@ class Classification:
                 parts.append(read(logits, labels))
                 bar.update(1)
         losses, predicted, wanted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if self._comm is not None:
+            every = self._comm.of_replicas([losses.tolist(), predicted.tolist(), wanted.tolist()])
+            losses, predicted, wanted = (np.concatenate(arrays) for arrays in zip(*every, strict=True))
         if not len(wanted):
             raise UserError(
                 f"{loader.records.path}: not one record has a label; a classifier's records are written by "

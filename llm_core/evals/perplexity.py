@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mindspore as ms
 
@@ -19,6 +20,9 @@ from llm_core.models.decoder import CausalLM
 from llm_core.models.heads import TokenLoss
 from llm_core.report.console import console
 from llm_core.runtime import Compiled
+
+if TYPE_CHECKING:
+    from llm_core.parallel.comm import Comm
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,11 @@ class Perplexity:
     One graph is compiled for each batch shape, at its first batch.
     """
 
-    def __init__(self, net: CausalLM, *, pad_token_id: int, ignore_token_id: int = IGNORED) -> None:
-        self._pad, self._ignore = pad_token_id, ignore_token_id
+    def __init__(
+        self, net: CausalLM, *, pad_token_id: int, ignore_token_id: int = IGNORED, comm: Comm | None = None
+    ) -> None:
+        """comm: with the ranks that have the other rows of every batch."""
+        self._pad, self._ignore, self._comm = pad_token_id, ignore_token_id, comm
         self._token_loss = Compiled(TokenLoss(net), spec=net.spec, **net.graph_key)
 
     def measure(self, loader: Loader, desc: str = "evaluate") -> PerplexityResult:
@@ -66,7 +73,13 @@ class Perplexity:
                 total_loss, total_tokens = total_loss + sums[-1][0], total_tokens + sums[-1][1]
                 bar.set_postfix_str(f"loss {total_loss / max(total_tokens, 1.0):.4f}", refresh=False)
                 bar.update(1)
-        return summarize(sums)
+        return summarize(sums if self._comm is None else _of_all_ranks(sums, self._comm))
+
+
+def _of_all_ranks(sums: list[tuple[float, float]], comm: Comm) -> list[tuple[float, float]]:
+    """Loss and tokens of whole batches, from those of every dp rank's rows."""
+    parts = comm.of_replicas(sums)
+    return [tuple(map(math.fsum, zip(*batch, strict=True))) for batch in zip(*parts, strict=True)]
 
 
 def summarize(sums: list[tuple[float, float]]) -> PerplexityResult:

@@ -7,10 +7,12 @@ A group is a sorted tuple of ranks. A group of one rank costs nothing: its Cells
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -18,7 +20,7 @@ from mindspore import Tensor, nn, ops
 
 from llm_core.errors import EnvironmentFault, UserError
 from llm_core.parallel.gate import Gate, GateServer
-from llm_core.parallel.layout import Layout
+from llm_core.parallel.layout import Layout, Place
 
 Group = tuple[int, ...]
 
@@ -53,6 +55,12 @@ class Comm:
         self._meetings += 1
         return self._gate.meet(str(self._meetings), value)
 
+    def of_replicas(self, value: Any) -> list[Any]:
+        """What each dp rank of the last stage has brought (anything JSON holds), on all ranks; a `gate`."""
+        values = self.gate(json.dumps(value))
+        last = self.layout.pp - 1
+        return [json.loads(values[self.layout.rank(Place(last, i, 0))]) for i in range(self.layout.dp)]
+
     def sum(self, values: Sequence[float], group: Group | None = None) -> list[float]:
         """Each number summed over the group (default all ranks), exact for whole numbers below 2^40."""
         numbers = np.asarray(values, np.float64)
@@ -64,10 +72,6 @@ class Comm:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank."""
         return self.sum([float(flag)])[0] > 0
-
-    def sum_array(self, array: np.ndarray, group: Group | None = None) -> np.ndarray:
-        """An array fp32 of any shape, summed over the group (default all ranks)."""
-        return _sum_cell(group or self.world)(Tensor(np.ascontiguousarray(array, np.float32))).asnumpy()
 
 
 def _open_gate(rank: int, world: Group) -> Gate:

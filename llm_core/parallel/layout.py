@@ -122,8 +122,8 @@ def layout_from_config(config: Any) -> Layout:
         zero=zero if asked.data_parallel > 1 else 0,
         zero_threshold=1024 * (64 if sharded is None else sharded.parallel_optimizer_threshold),
         micro_batches=asked.micro_batch_num if asked.pipeline_stage > 1 else 1,
-        chunks=asked.pp_interleave_num if asked.pipeline_stage > 1 else 1,
+        chunks=config.model.config.pp_interleave_num if asked.pipeline_stage > 1 else 1,
         sequence_parallel=asked.use_seq_parallel and asked.model_parallel > 1,
-        whole_embedding=asked.vocab_emb_dp,
+        whole_embedding=asked.vocab_emb_dp and asked.pipeline_stage == 1,
         offset=tuple(offset) if isinstance(offset, list | tuple) else (),
     )

@@ -29,7 +29,9 @@ from llm_core.train.anomaly import ROLLBACK, STOP, AnomalyPolicy
 from llm_core.train.loss_scale import LossScale
 from llm_core.train.timeline import OperatorProfile, Timeline
 
-if TYPE_CHECKING:  # it imports MindSpore, which has to be set up first
+if TYPE_CHECKING:  # they import MindSpore, which has to be set up first
+    from llm_core.parallel.comm import Comm
+    from llm_core.train.parallel_step import ParallelStepper
     from llm_core.train.step import Stepper, StepResult
 
 DRAW_SECONDS = 30.0  # between two drawings of loss.png during a run; the end draws one in any case
@@ -66,12 +68,12 @@ class Run:
     """The parts of one training run, built by `llm_core.train.run`."""
 
     title: str
-    stepper: Stepper
+    stepper: Stepper | ParallelStepper
     loader: Loader
     schedule: Callable[[int], float]  # 0-based step -> learning rate
     loss_scale: LossScale
     anomaly: AnomalyPolicy
-    metrics: MetricsLog
+    metrics: MetricsLog | None  # None: another rank reports
     intervals: Intervals
     epochs: int
     total_steps: int
@@ -82,6 +84,7 @@ class Run:
     snapshot: Callable[[], dict[str, np.ndarray]]  # weights and optimizer state by name
     load: Callable[[dict[str, np.ndarray]], None]  # the reverse
     settings: dict[str, Any]  # what a resumed run must have in common with this one
+    comm: Comm | None = None  # with the other ranks; None: there are none
     adapter: dict[str, Any] | None = None  # how the trained adapter is made; None = all weights are trained
     trainable: frozenset[str] | None = None  # names of weights to be saved alone as well
     evaluate: Callable[[], dict[str, float]] | None = None  # -> figures for the metrics file, eval_loss among them
@@ -104,6 +107,11 @@ class Run:
         """Windows in an epoch, the last partial one included."""
         return math.ceil(self.loader.steps_per_epoch / self.stepper.accumulation)
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that share the rows of every batch."""
+        return 1 if self.comm is None else self.comm.layout.dp
+
     def place(self, step: int) -> tuple[int, int]:
         """The epoch and the step in it, both from 1, of the 1-based step."""
         epoch, step_in_epoch = divmod(max(step, 1) - 1, self.steps_per_epoch)
@@ -116,8 +124,26 @@ class Run:
             "loss_scale": self.loss_scale.state_dict(),
             "anomaly": self.anomaly.state_dict(),
             "settings": self.settings,
+            "records_per_batch": self.loader.batch_size * self.replicas,
         }
         return state if self.adapter is None else {**state, "adapter": self.adapter}
+
+
+class StopTogether(StopSignals):
+    """As `StopSignals`, of all ranks: a signal that one has got stops them all, behind the same step."""
+
+    def __init__(self, comm: Comm) -> None:
+        super().__init__(signal.SIGINT, signal.SIGTERM)
+        self._comm = comm
+
+    def __call__(self) -> bool:
+        """As `StopSignals`; to be asked by all ranks together."""
+        self.look()
+        told = self._comm.sum([self.received == number for number in sorted(self.numbers)])
+        for number, ranks in zip(sorted(self.numbers), told, strict=True):
+            if ranks:
+                self.received = number
+        return self.received is not None
 
 
 class _RolledBack(Exception):
@@ -144,15 +170,16 @@ def fit(run: Run) -> int:
     except _Stopped as stopped:
         return stopped.code
     except UserError:  # a damaged record, say: what has been trained until then is not lost
-        if run.cursor.step > 0:
+        if run.cursor.step > 0 and run.comm is None:  # of several ranks the others know nothing of it
             save(run)
             console.warn(f"stopped after step {run.cursor.step}, all is saved")
         raise
     finally:
         if run.operators is not None:
             run.operators.after(math.inf)
-        _plot(run)
-        run.metrics.close()
+        if run.metrics is not None:
+            _plot(run)
+            run.metrics.close()
 
 
 def _train(run: Run) -> None:
@@ -221,7 +248,8 @@ def _step(run: Run, window: Sequence[Batch], bar: Any) -> None:
         cursor.updates += 1
         cursor.tokens += result.tokens
     seconds = time.perf_counter() - run.window_began
-    _report(run, result, lr, scale, overflow, seconds, sum(len(batch.input_ids) for batch in window), bar)
+    samples = run.replicas * sum(len(batch.input_ids) for batch in window)
+    _report(run, result, lr, scale, overflow, seconds, samples, bar)
 
 
 def _react(run: Run, window: Sequence[Batch], result: StepResult, action: str) -> None:
@@ -273,7 +301,8 @@ def _report(
         "global_norm": result.norm, "step_ms": 1e3 * seconds, "tokens_per_s": result.tokens / seconds,
         "supervised_tokens": result.tokens,
     }
-    run.metrics.write(step=step, **values)
+    if run.metrics is not None:
+        run.metrics.write(step=step, **values)
     if run.on_step is not None:
         run.on_step(step, values)
     if bar is not None:
@@ -304,7 +333,8 @@ def _between_steps(run: Run) -> None:
         with run.timeline.span("evaluate", step):
             figures = run.evaluate()
         metric = figures["eval_loss"]
-        run.metrics.write(step=step, **figures)
+        if run.metrics is not None:
+            run.metrics.write(step=step, **figures)
     if run.sample is not None and _due(step, intervals.sample):
         with run.timeline.span("sample", step):
             run.sample()
@@ -319,7 +349,8 @@ def _between_steps(run: Run) -> None:
 
 def _save_is_due(run: Run) -> bool:
     if run.intervals.save_seconds > 0:
-        return time.monotonic() - run.saved_at >= run.intervals.save_seconds
+        due = time.monotonic() - run.saved_at >= run.intervals.save_seconds
+        return due if run.comm is None else run.comm.any(due)
     return _due(run.cursor.step, run.intervals.save)
 
 
@@ -335,7 +366,10 @@ def save(run: Run, metric: float | None = None) -> None:
     with run.timeline.span("save", run.cursor.step):
         run.newest = run.store.save(epoch, step_in_epoch, run.snapshot(), run.state(), metric, run.trainable)
         run.saved_step, run.saved_at = run.cursor.step, time.monotonic()
-    if time.monotonic() - run.drawn_at > DRAW_SECONDS:  # a plot takes up to a second; a save may come every step
+        if run.comm is not None:
+            run.comm.gate()
+    # A plot takes up to a second, and a save may come every step.
+    if run.metrics is not None and time.monotonic() - run.drawn_at > DRAW_SECONDS:
         _plot(run)
 
 
@@ -343,6 +377,8 @@ def restore(run: Run, tensors: dict[str, np.ndarray], state: dict[str, Any], eve
     """Put a checkpoint's tensors and state back; `events` keeps the anomaly count of a run that rolls back."""
     run.load(tensors)
     run.cursor = Cursor(**state["cursor"])
+    batch = run.loader.batch_size * run.replicas  # under another layout a batch may hold more or fewer records
+    run.cursor.batch = run.cursor.batch * state.get("records_per_batch", batch) // batch
     run.loss_scale.load_state_dict(state["loss_scale"])
     run.anomaly.load_state_dict(state["anomaly"])
     if events is not None:

@@ -10,7 +10,8 @@
 
 The state is one fp32 Parameter a slot and parameter, named `<slot>.<parameter>`, for instance
 "adam_m.model.norm_out.weight"; `Optimizer.states` lists it, for checkpoints. One-dimensional parameters and
-*.bias get no weight decay.
+*.bias get no weight decay. Where ZeRO has a rank update a copy of some rows, zero.<parameter>, the state of those rows
+has the parameter's name all the same.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Optimizer(nn.Cell):
         """A state of the given shapes (by default the parameters' own), filled with a constant."""
         shapes = shapes or [p.shape for p in self.params]
         made = [
-            Parameter(Tensor(np.full(shape, fill, np.float32)), name=f"{name}.{p.name}", requires_grad=False)
+            Parameter(
+                Tensor(np.full(shape, fill, np.float32)), name=f"{name}.{p.name.removeprefix('zero.')}",
+                requires_grad=False,
+            )  # fmt: skip
             for p, shape in zip(self.params, shapes, strict=True)
         ]
         self.states.extend(made)

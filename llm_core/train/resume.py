@@ -95,6 +95,8 @@ def _run_folder(folder: Path) -> Path:
 
 def require_same_run(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     """UserError unless this run would have come to the checkpoint by itself."""
+    if "batch_size" in saved:  # of a checkpoint from before there were several ranks
+        saved = {"records_per_step": saved["batch_size"] * saved["gradient_accumulation_steps"], **saved}
     changes = [f"{name} was {saved[name]}, is {now}" for name, now in settings.items() if saved.get(name, now) != now]
     if changes:
         raise UserError(

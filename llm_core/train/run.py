@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ from llm_core.data.loader import Loader
 from llm_core.data.open import open_loader
 from llm_core.infer.load import end_ids, load_fitting_tokenizer
 from llm_core.models.spec import DecoderSpec, spec_from_config
+from llm_core.parallel.cuts import Cut, cut_parameters
+from llm_core.parallel.join import join_ranks
+from llm_core.parallel.layout import Layout
 from llm_core.peft.adapters import Adapter, open_adapter
-from llm_core.peft.apply import describe_parameters, is_saved, parameter_counts
+from llm_core.peft.apply import adapter_shapes, describe_parameters, is_saved, parameter_counts
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 from llm_core.report.metrics import MetricsLog
@@ -25,7 +28,7 @@ from llm_core.runtime import start
 from llm_core.signals import signals_blocked
 from llm_core.text import Tokenizer
 from llm_core.train.anomaly import AnomalyPolicy
-from llm_core.train.loop import Intervals, Run, fit, restore
+from llm_core.train.loop import Intervals, Run, StopTogether, fit, restore
 from llm_core.train.loss_scale import build_loss_scale
 from llm_core.train.resume import (
     ResumePoint,
@@ -43,6 +46,8 @@ from llm_core.train.timeline import OperatorProfile, Timeline
 if TYPE_CHECKING:
     from mindspore import nn
 
+    from llm_core.parallel.comm import Comm
+
 
 def train(loaded: LoadedConfig) -> int:
     """Run the training that a config describes; returns the exit code.
@@ -51,12 +56,18 @@ def train(loaded: LoadedConfig) -> int:
     """
     config = loaded.config
     output_dir = Path(config.output_dir)
-    with lock_output_dir(output_dir):
-        console.log_to(output_dir)
-        save_run_record(output_dir, sys.argv, loaded.as_yaml())
-        with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
-            run = build(loaded)
+    with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
+        comm = join_ranks(config)
+    rank = 0 if comm is None else comm.rank
+    with lock_output_dir(output_dir, rank):
+        console.log_to(output_dir, rank)
+        if rank == 0:
+            save_run_record(output_dir, sys.argv, loaded.as_yaml())
+        with signals_blocked(signal.SIGINT, signal.SIGTERM):
+            run = build(loaded, comm)
         code = fit(run)
+        if comm is not None:
+            comm.gate()  # a process that ends takes MindSpore's connections with it
     for line in run.timeline.table():
         (console.result if config.profile else console.detail)(line)
     if run.operators is not None:
@@ -69,26 +80,30 @@ def train(loaded: LoadedConfig) -> int:
     return code
 
 
-def build(loaded: LoadedConfig) -> Run:
-    """Every part of the run, cheap checks first: data and schedule before a weight is allocated."""
+def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
+    """Every part of the run, cheap checks first: data and schedule before a weight is allocated.
+
+    comm: with the other ranks, of which this is the one that it says.
+    """
     config = loaded.config
+    layout = Layout() if comm is None else comm.layout
+    replica = 0 if comm is None else comm.place.replica
     model = config.model.config
     spec = spec_from_config(config.model)
     samples = config.callback("SampleMonitor")
     tokenizer = load_fitting_tokenizer(loaded, spec) if samples is not None else None
     store = store_of(config)
     resumed = resume_point(config, store)
-    loader = open_loader(config, config.train_dataset, "train")
-    eval_loader = open_loader(config, config.eval_dataset, "eval") if config.do_eval else None
+    loader = open_loader(config, config.train_dataset, "train", replica, layout.dp)
+    eval_loader = open_loader(config, config.eval_dataset, "eval", replica, layout.dp) if config.do_eval else None
 
-    accumulation = config.runner_config.gradient_accumulation_steps or 1
+    accumulation = (config.runner_config.gradient_accumulation_steps or 1) * layout.micro_batches
     steps_per_epoch = -(-loader.steps_per_epoch // accumulation)
     epochs = config.runner_config.epochs
     total_steps = epochs * steps_per_epoch
     schedule = build_schedule(config.lr_schedule, config.optimizer, total_steps, steps_per_epoch)
     settings = {
-        "batch_size": loader.batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "records_per_step": loader.batch_size * layout.dp * accumulation,
         "seed": config.seed,
         "records": loader.num_records,
         "data": loader.records.fingerprint,
@@ -110,19 +125,26 @@ def build(loaded: LoadedConfig) -> Run:
     from llm_core.models.recompute import apply_recompute
     from llm_core.peft.adapters import adapter_state, base_fingerprint
     from llm_core.train.optim import build_optimizer
-    from llm_core.train.step import Stepper
 
-    net = _build_net(config, spec, pet, adapter, resumed)
+    cuts = cut_parameters(spec, layout, adapter_shapes(spec, pet))
+    net = _build_net(config, spec, pet, adapter, resumed, _share(spec, comm, cuts))
     apply_recompute(net, config.recompute_config)
     parameters = net.trainable_params()
-    optimizer = build_optimizer(config.optimizer, parameters)
     wrapper = config.runner_wrapper
     clip = wrapper.max_grad_norm if wrapper is not None and wrapper.use_clip_grad else None
     graph_key = {"spec": spec, "optimizer": config.optimizer, "recompute": config.recompute_config, **net.graph_key}
-    stepper = Stepper(
-        training_loss(net), optimizer,
-        seed=config.seed, accumulation=accumulation, max_grad_norm=clip, graph_key=graph_key,
-    )  # fmt: skip
+    settings_of_step = dict(seed=config.seed, accumulation=accumulation, max_grad_norm=clip, graph_key=graph_key)
+    if comm is None:
+        from llm_core.train.step import Stepper
+
+        optimizer = build_optimizer(config.optimizer, parameters)
+        stepper = Stepper(training_loss(net), optimizer, **settings_of_step)
+    else:
+        from llm_core.train.parallel_step import ParallelStepper, optimizer_targets
+
+        optimizer = build_optimizer(config.optimizer, optimizer_targets(parameters, cuts, comm))
+        stepper = ParallelStepper(training_loss(net), parameters, cuts, optimizer, comm, **settings_of_step)
+        console.info(f"rank {comm.rank} of {layout.world}: {layout.describe()}")
     console.info(describe_operators(spec))
     console.info(
         f"model: {describe_parameters(spec, pet)}; "
@@ -146,7 +168,7 @@ def build(loaded: LoadedConfig) -> Run:
         schedule=schedule,
         loss_scale=build_loss_scale(wrapper),
         anomaly=AnomalyPolicy(**config.anomaly.model_dump()),
-        metrics=MetricsLog(config.output_dir, None if resumed is None else resumed.state["cursor"]["step"]),
+        metrics=_metrics(config, resumed) if comm is None or comm.rank == 0 else None,
         intervals=_intervals(config, steps_per_epoch),
         epochs=epochs,
         total_steps=min(total_steps, config.runner_config.stop_step or total_steps),
@@ -155,11 +177,13 @@ def build(loaded: LoadedConfig) -> Run:
         flops_per_sample=_flops_per_sample(spec, pet, model.seq_length),
         store=store,
         snapshot=lambda: {name: parameter.asnumpy() for name, parameter in every.items()},
-        load=lambda tensors: _set_all(every, tensors),
+        load=lambda tensors: _set_all(every, tensors, stepper),
+        comm=comm,
         settings=settings,
         adapter=None if pet is None else adapter_state(pet, config.load_checkpoint, base_fingerprint(net)),
         trainable=_saved_alone(config, parameters if pet is None else saved.values()),
         timeline=Timeline(keep=bool(config.profile)),
+        **({} if comm is None else {"stop": StopTogether(comm)}),
     )
     if resumed is not None:
         if pet is not None:
@@ -167,16 +191,32 @@ def build(loaded: LoadedConfig) -> Run:
         restore(run, resumed.tensors, resumed.state)
         run.newest = resumed.path
     if eval_loader is not None:
-        run.evaluate = _evaluator(net, eval_loader, model)
+        run.evaluate = _evaluator(net, eval_loader, model, comm)
     if samples is not None:
         run.sample = _sampler(net, spec, tokenizer, samples, config)
-    run.on_step = _tensorboard(config, run)
+    run.on_step = _tensorboard(config, run) if run.metrics is not None else None
     if config.profile:
         folder = Path(config.output_dir) / "profile"
         before = run.cursor.step  # a resumed run counts from where it begins
         first = max(config.profile_start_step, 2)  # the first step compiles: that is not what one wants to see
         run.operators = OperatorProfile(folder, before + first, before + config.profile_stop_step)
     return run
+
+
+def _metrics(config: RunConfig, resumed: ResumePoint | None) -> MetricsLog:
+    return MetricsLog(config.output_dir, None if resumed is None else resumed.state["cursor"]["step"])
+
+
+def _share(spec: DecoderSpec, comm: Comm | None, cuts: Mapping[str, Cut]) -> dict[str, Any]:
+    """What this rank holds of the network: arguments of `build_net`."""
+    if comm is None:
+        return {}
+    from llm_core.models.decoder import Piece
+    from llm_core.parallel.tensor import ParallelParts
+
+    stage, last = comm.place.stage, comm.layout.pp - 1
+    piece = Piece(comm.layout.layers(spec.num_layers)[stage], first=stage == 0, last=stage == last)
+    return {"parts": ParallelParts(spec, comm, cuts), "piece": piece}
 
 
 def _intervals(config: RunConfig, steps_per_epoch: int) -> Intervals:
@@ -206,8 +246,9 @@ def _save_intervals(checkpoints: Any) -> dict[str, Any]:
 
 
 def _build_net(
-    config: RunConfig, spec: DecoderSpec, pet: Any, adapter: Adapter | None, resumed: ResumePoint | None
-) -> nn.Cell:
+    config: RunConfig, spec: DecoderSpec, pet: Any, adapter: Adapter | None, resumed: ResumePoint | None,
+    share: dict[str, Any],
+) -> nn.Cell:  # fmt: skip
     """The network with its starting weights. A resumed run restores its own later; of an adapter's run these are the
     adapter alone, so its base is loaded in any case."""
     from llm_core.peft.adapters import load_adapter, load_base
@@ -216,7 +257,7 @@ def _build_net(
 
     restored = resumed is not None and pet is None
     seed = None if config.load_checkpoint or restored else config.seed
-    net = build_net(spec, pet, seed, adapter_seed=config.seed)
+    net = build_net(spec, pet, seed, adapter_seed=config.seed, **share)
     if config.load_checkpoint and not restored:
         console.info(f"{config.load_checkpoint}: {load_base(net, config.load_checkpoint).line()}")
     if adapter is not None:
@@ -235,12 +276,13 @@ def _saved_alone(config: RunConfig, parameters: Iterable[Any]) -> frozenset[str]
     return frozenset(parameter.name for parameter in parameters)
 
 
-def _set_all(parameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+def _set_all(parameters: dict[str, Any], tensors: Mapping[str, np.ndarray], stepper: Any) -> None:
     """Every parameter from the tensor of its name."""
     import mindspore as ms
 
     for name, parameter in parameters.items():
         parameter.set_data(ms.Tensor(np.ascontiguousarray(tensors[name]), dtype=parameter.dtype))
+    stepper.refresh()
 
 
 def _flops_per_sample(spec: DecoderSpec, pet: Any, length: int) -> float:
@@ -252,15 +294,15 @@ def _flops_per_sample(spec: DecoderSpec, pet: Any, length: int) -> float:
     return (4.0 * weights + 2.0 * min(trainable, weights)) * length + 6.0 * spec.num_layers * spec.q_size * length**2
 
 
-def _evaluator(net: Any, loader: Loader, model: Any) -> Callable[[], dict[str, float]]:
+def _evaluator(net: Any, loader: Loader, model: Any, comm: Comm | None) -> Callable[[], dict[str, float]]:
     """Measures, says, and returns figures for the metrics file: the loss, and perplexity or accuracy and F1."""
     if net.spec.head != "causal":
         from llm_core.evals.classification import Classification
 
-        return Classification(net).evaluator(loader)
+        return Classification(net, comm).evaluator(loader)
     from llm_core.evals.perplexity import Perplexity
 
-    perplexity = Perplexity(net, pad_token_id=model.pad_token_id, ignore_token_id=model.ignore_token_id)
+    perplexity = Perplexity(net, pad_token_id=model.pad_token_id, ignore_token_id=model.ignore_token_id, comm=comm)
 
     def evaluate() -> dict[str, float]:
         result = perplexity.measure(loader)

@@ -172,6 +172,9 @@ class Stepper:
         self.accumulate = Compiled(AccumulateStep(token_loss, optimizer.params, sums).set_train(), **key)
         self.apply = Compiled(ApplyStep(optimizer, sums, max_grad_norm), **key)
 
+    def refresh(self) -> None:
+        """To be called when weights have been loaded; nothing depends on them here."""
+
     def run(
         self,
         window: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -193,9 +196,9 @@ class Stepper:
             loss_limit: skip the update when the loss is above it.
         """
         supervised = sum(int(np.count_nonzero(labels != -100)) for _, labels in window)
-        per_token = _scalar(1.0 / max(supervised, 1))
-        numbers = _scalar(lr), _scalar(update), _scalar(loss_limit)
-        scale_tensor = _scalar(scale)
+        per_token = scalar(1.0 / max(supervised, 1))
+        numbers = scalar(lr), scalar(update), scalar(loss_limit)
+        scale_tensor = scalar(scale)
         batches = [
             (Tensor(tokens), Tensor(labels), Tensor(dropout_key(self.seed, step, index)))
             for index, (tokens, labels) in enumerate(window)
@@ -205,9 +208,10 @@ class Stepper:
             loss, norm, applied = self.whole(*batch, per_token, scale_tensor, *numbers)
         else:
             loss = sum(float(self.accumulate(*batch, per_token, scale_tensor).asnumpy()) for batch in batches)
-            norm, applied = self.apply(_scalar(loss), scale_tensor, *numbers)
+            norm, applied = self.apply(scalar(loss), scale_tensor, *numbers)
         return StepResult(float(loss), float(norm.asnumpy()), bool(applied.asnumpy()), supervised)
 
 
-def _scalar(value: float) -> Tensor:
+def scalar(value: float) -> Tensor:
+    """fp32 []."""
     return Tensor(np.float32(value))

@@ -110,7 +110,6 @@ def test_a_plain_cpu_file_has_no_mapping_notes(tmp_path: Path) -> None:
     [
         ("layer_scale: False", "layer_scale: False\nlr_scale: True", "lr_scale"),
         ("  batch_size: 6\n  repeat: 1", "  batch_size: 6\n  repeat: 2", "train_dataset.repeat"),
-        ("    offset: 0", "    offset: [1, -1]", "model.model_config.offset"),
         ("layer_scale: False", "layer_scale: False\nmoe_config: {expert_num: 8}", "moe_config.expert_num"),
         ("    offset: 0", "    quant_config: {quant_method: rtn}", "model.model_config.quant_config"),
     ],

@@ -217,7 +217,7 @@ def test_resuming_another_run_is_refused_and_changes_nothing(write_config, tmp_p
     assert fit(run_of(write_config(runner_config__stop_step=3))) == 0
     before = losses(tmp_path / "out")
     first = ("resume_training", "tiny_rank_0-1_1.safetensors")
-    with pytest.raises(UserError, match="batch_size was 4, is 2"):
+    with pytest.raises(UserError, match="records_per_step was 4, is 2"):
         run_of(write_config(), first, ("runner_config.batch_size", "2"))
     with pytest.raises(UserError, match="of another shape"):
         run_of(write_config(), first, ("model.model_config.intermediate_size", "64"))
