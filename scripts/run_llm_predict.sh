@@ -34,7 +34,10 @@ parallel)
         echo "$0: parallel needs $launcher, which is not there; use single" >&2
         exit 2
     fi
-    printf -v command '%q ' "$here/../run_llm.py" "${arguments[@]}" --use_parallel True
+    command=
+    for word in "$here/../run_llm.py" "${arguments[@]}" --use_parallel True; do
+        command+="'${word//\'/\'\\\'\'}' "
+    done
     exec bash "$launcher" "$command" "$4"
     ;;
 *)

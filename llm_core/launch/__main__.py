@@ -12,7 +12,7 @@ from llm_core.launch import checks
 from llm_core.launch.arguments import USAGE, Job, UsageError, parse
 from llm_core.launch.gate import Stopped, meet
 from llm_core.launch.group import Group, Outcome
-from llm_core.launch.processes import StopSignals
+from llm_core.launch.processes import StopSignals, write
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,7 +64,7 @@ def _once(job: Job, address: str, shown: int, stop: StopSignals) -> Outcome:
 
 
 def _say(line: str) -> None:
-    print(f"launcher: {line}" if not line.startswith(" ") else line, file=sys.stderr, flush=True)
+    write(sys.stderr, (line if line.startswith(" ") else f"launcher: {line}").encode(errors="replace") + b"\n")
 
 
 if __name__ == "__main__":

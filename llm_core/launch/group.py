@@ -20,6 +20,7 @@ from llm_core.launch.processes import (
     environment_of,
     kill_all,
     msrun_command,
+    msrun_log,
     set_aside_logs,
     state_of,
 )  # fmt: skip
@@ -89,7 +90,7 @@ class Group:
         listener.bind(f"\0run_llm-{self.token}")  # an abstract name: no file, gone with the process
         listener.listen(self.job.local + 1)
         self.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
-        with listener, open(self.job.log_dir / "msrun.log", "wb") as log:
+        with listener, open(msrun_log(self.job), "wb") as log:
             msrun = subprocess.Popen(
                 msrun_command(self.job, self.address), env=environment_of(self.job, self.token),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -103,7 +104,7 @@ class Group:
             finally:
                 left = kill_all(self.token)
                 msrun.wait()
-                self.follower.print_new()
+                self.follower.print_new(last=True)
         outcome = self._outcome(msrun.returncode, alive, states)
         if left:
             outcome = Outcome(outcome.code or 1, (*outcome.lines, f"processes that cannot be killed: {left}"))
@@ -224,8 +225,9 @@ class Group:
         workers = self._workers()
         if len(workers) == self.job.local and all(each.status == 0 for each in workers):
             return Outcome(0)
-        lines = [f"msrun ended with code {msrun_code} before it had started every rank"]
-        return Outcome(msrun_code or 1, (*lines, *failure.quote(self.job.log_dir / "msrun.log")))
+        log = msrun_log(self.job)
+        lines = [f"msrun {failure.cause(msrun_code, log)}, with {len(workers)} of {self.job.local} ranks started"]
+        return Outcome(failure.exit_code(msrun_code) or 1, (*lines, *failure.quote(log)), worth_another=bool(workers))
 
     def _blame(self, first: _Process, alive: list[_Process], states: dict[str, str]) -> list[str]:
         """Who failed and why, from the first failure, and from those that had not ended some seconds later."""

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from llm_core.launch.arguments import Job
 
@@ -63,11 +64,16 @@ def environment_of(job: Job, token: str) -> dict[str, str]:
     }
 
 
+def msrun_log(job: Job) -> Path:
+    """What this machine's msrun says; machines may share the folder."""
+    return job.log_dir / (f"msrun_{job.node}.log" if job.node else "msrun.log")
+
+
 def set_aside_logs(job: Job) -> None:
     """Move the logs of an earlier start, of this machine's ranks, out of the way: into LOG_DIR/before."""
-    names = [f"worker_{rank}.log" for rank in job.ranks_of(job.node)]
+    names = [msrun_log(job).name, *(f"worker_{rank}.log" for rank in job.ranks_of(job.node))]
     if job.node == 0:
-        names += ["scheduler.log", "msrun.log"]
+        names += ["scheduler.log"]
         more = sorted(job.log_dir.glob("worker_*.log"))
         names += [path.name for path in more if path.name not in names and _rank(path) >= job.ranks]
     before = job.log_dir / "before"
@@ -88,20 +94,27 @@ class Follower:
     def __init__(self, path: Path) -> None:
         self.path, self.offset, self.open = path, 0, True
 
-    def print_new(self) -> None:
-        """Nothing while the log is not there, or once nobody reads the output any more."""
+    def print_new(self, last: bool = False) -> None:
+        """Nothing while the log is not there, or once nobody reads the output any more; `last`: part of a line too."""
         if not self.open or not self.path.exists():
             return
         with open(self.path, "rb") as log:
             log.seek(self.offset)
             data = log.read()
-        end = data.rfind(b"\n") + 1
+        end = len(data) if last else data.rfind(b"\n") + 1
         self.offset += end
-        try:
-            sys.stdout.write(data[:end].decode("utf-8", errors="replace"))
-            sys.stdout.flush()
-        except BrokenPipeError:
-            self.open = False
+        self.open = write(sys.stdout, data[:end])
+
+
+def write(stream: TextIO, data: bytes) -> bool:
+    """Write at once, whatever the terminal's encoding; False if nobody reads any more (`| head`), and then for good."""
+    try:
+        stream.buffer.write(data)
+        stream.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def kill_all(token: str) -> list[int]:

@@ -133,3 +133,12 @@ def test_the_script_shows_its_usage_with_upstreams_code():
     assert done.returncode == 1 and "usage: msrun_launcher.sh" in done.stderr and "Traceback" not in done.stderr
     shown = launcher("--help")
     assert shown.returncode == 0 and "LOCAL_N ADDR PORT NODE_RANK" in shown.stdout
+
+
+def test_the_predict_script_hands_over_every_word_as_it_is():
+    script = ROOT / "scripts/run_llm_predict.sh"
+    done = subprocess.run(
+        ["bash", script, "parallel", "it's \"é\"  $x.yaml", "weights", "2"], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHON": sys.executable, "LC_ALL": "C", "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "it's \"é\"  $x.yaml: no such file" in done.stderr

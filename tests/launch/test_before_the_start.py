@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 
+from llm_core.cli import load_run
 from llm_core.errors import EnvironmentFault, UserError
 from llm_core.launch import checks, failure
-from llm_core.launch.arguments import Job
+from llm_core.launch.arguments import Job, run_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +64,12 @@ def test_faults_of_the_configuration_come_before_any_process(config):
         checks.shown_rank(run(config, 8, "--runner_config.batch_siz", "2"), {})
     with pytest.raises(UserError, match="use_parallel is False"):
         checks.shown_rank(run(config, 8, "--use_parallel", "False"), {})
+
+
+def test_a_restart_resumes_whatever_the_command_says(config):
+    job = run(config, 8, "--resume_training", "False", "--load_checkpoint", "weights.ckpt").resumed()
+    loaded = load_run(run_arguments(job.words))
+    assert loaded.config.resume_training is True and loaded.config.load_checkpoint == "weights.ckpt"
 
 
 def test_more_processes_than_listed_devices():
@@ -148,6 +157,21 @@ def test_who_did_not_join(tmp_path):
     assert failure.not_joined(log, 4) == []  # they may still come
     log.write_text(text + "[ERROR] ... InitializeCluster] Failed to initialize cluster.\n")
     assert failure.not_joined(log, 4) == [1, 3]
+
+
+def test_output_that_nobody_reads_ends_nothing():
+    code = (
+        "import sys, time; from llm_core.launch.processes import write\n"
+        "print('first', flush=True); sys.stdin.read(1)\n"
+        "print([write(sys.stdout, b'more\\n'), write(sys.stdout, b'more\\n')], file=sys.stderr)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as reader:
+        assert reader.stdout.readline() == b"first\n"
+        reader.stdout.close()
+        _, errors = reader.communicate(b"x", timeout=60)
+    assert reader.returncode == 0 and errors == b"[False, True]\n"
 
 
 def test_lists_of_ranks():
