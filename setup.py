@@ -87,7 +87,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "jsonschema", "setuptools>=70.1", "gguf>=0.17"],
+        "test": ["pytest", "pytest-xdist", "ruff", "jsonschema", "setuptools>=70.1", "gguf>=0.17"],
         # the oracles of tests and benchmarks; llm_core never imports them
         "parity": ["torch==2.13.0", "transformers==4.57.1", "peft"],
         "tensorboard": ["tensorboard"],

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import pkgutil
 from pathlib import Path
 
 import pytest
 
-from llm_core.runtime import prepare_environment
+from llm_core.runtime import prepare_environment, usable_cores
 
 prepare_environment()
+MOST_PROCESSES = 4  # of about 2 GB each
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means."""
+    return min(usable_cores(), MOST_PROCESSES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes runs last, so that a plain mistake shows early."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """What takes minutes runs last, so that a plain mistake shows early.
+
+    Where several processes share the tests it comes first: the first process begins with it, the others with the
+    rest, and none is left with a long test when the others have ended.
+    """
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != shared)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from llm_core.config import catalog, load_config
 from llm_core.config.tree import find, plain
 
 SEQ_LENGTH, VOCAB, RECORDS = 16, 512, 4
-SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "seq_length": SEQ_LENGTH, "vocab_size": VOCAB}
+SIZES = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "seq_length": SEQ_LENGTH, "vocab_size": VOCAB}
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
 KV_HEADS = {"LlamaConfig": "n_kv_heads", "InternLMConfig": "n_kv_heads", "FalconConfig": "num_kv_heads"}
 
@@ -39,7 +39,7 @@ def shrunk(name: str, records: Path, tokenizer: Path, folder: Path) -> list[tupl
         changes[f"model.model_config.{KV_HEADS[model['type']]}"] = 2
     for key in ("intermediate_size", "ffn_hidden_size", "max_position_embedding"):
         if model.get(key):
-            changes[f"model.model_config.{key}"] = 48
+            changes[f"model.model_config.{key}"] = 64
     for key in {"prefix_token_num", "pre_seq_len", "mid_dim"} & set(model.get("pet_config") or {}):
         changes[f"model.model_config.pet_config.{key}"] = 2
     changes |= {
