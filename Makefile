@@ -39,8 +39,9 @@ $(VENV)/.parity: setup.py $(VENV)/.ready
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
 
+# A process a core, at most four; one that has nothing left takes over half of what another has still before it.
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 parity: $(VENV)/.parity
 
