@@ -18,14 +18,19 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # MindFormers wants an environment of its own: another MindSpore, and other versions of much else.
 MINDFORMERS_VENV := .venv-mindformers
 
+# Stop unless PYTHON is an interpreter that MindSpore has wheels for.
+define require_python
+@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+  echo "run_llm needs Python 3.10, 3.11 or 3.12 (MindSpore has no other wheels)." \
+       "Found: $$($(or $(PYTHON),python3) --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+endef
+
 .PHONY: setup demo test parity mindformers bench kernels lint clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py
-	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || { \
-	  echo "run_llm needs Python 3.10, 3.11 or 3.12 (MindSpore has no other wheels)." \
-	       "Found: $$($(or $(PYTHON),python3) --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(require_python)
 	@echo "== setting up $(VENV) with $$($(PYTHON) --version) (1 to 3 minutes, once)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'
@@ -46,7 +51,7 @@ test: setup
 parity: $(VENV)/.parity
 
 $(MINDFORMERS_VENV)/.ready: setup.py
-	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.12 found; name one: make mindformers PYTHON=..." >&2; exit 1; }
+	$(require_python)
 	@echo "== installing MindFormers 1.9.0 into $(MINDFORMERS_VENV)"
 	@test -x $(MINDFORMERS_VENV)/bin/pip || $(PYTHON) -m venv $(MINDFORMERS_VENV)
 	@$(MINDFORMERS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test,mindformers]'
