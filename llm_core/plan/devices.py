@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llm_core.errors import UserError
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """One device, and how it is joined to the others.
 
     narrow, wide: peak FLOP/s of products of 16-bit numbers (sums in 32 bits), and of 32-bit ones. memory: bytes;

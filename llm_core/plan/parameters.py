@@ -7,9 +7,8 @@ model is planned as quickly as a small one. Layers that are alike are counted on
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -76,8 +75,7 @@ class Held(NamedTuple):
         return whole - cut + cut // dp if applies else whole
 
 
-@dataclass(frozen=True)
-class Inventory:
+class Inventory(NamedTuple):
     """A model's parameters, with layers that are alike counted together.
 
     kinds: a layer's parameters (names as in layer 0, without what comes before; shape; does it learn), and which layers
@@ -106,8 +104,7 @@ def inventory(job: Job) -> Inventory:
     return Inventory(spec, tuple((kind, tuple(indices)) for kind, indices in kinds.items()), rest)
 
 
-@dataclass(frozen=True)
-class Slices:
+class Slices(NamedTuple):
     """What a rank holds of each kind of layer, and of what lies outside of them, for one tp and dp."""
 
     kinds: tuple[tuple[Held, frozenset[int]], ...]
@@ -119,11 +116,8 @@ class Slices:
     def of_layers(self, layers: Iterable[int]) -> Held:
         """Of these layers of the model together."""
         held = Held()
-        counts: Counter[int] = Counter()
-        for layer in layers:
-            counts[next(i for i, (_, indices) in enumerate(self.kinds) if layer in indices)] += 1
-        for kind, count in counts.items():
-            held = held.plus(self.kinds[kind][0], count)
+        for kind, indices in self.kinds:
+            held = held.plus(kind, len(indices.intersection(layers)))
         return held
 
     def of_stage(self, layers: Iterable[int], first: bool, last: bool) -> Held:

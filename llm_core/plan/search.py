@@ -6,8 +6,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 from llm_core.config.model_section import LoraConfig
 from llm_core.errors import UserError
@@ -19,8 +20,7 @@ from llm_core.plan.speed import Seconds, model_flops, seconds
 from llm_core.plan.traffic import Traffic, traffic_of_stage
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A job under a layout. memory, traffic: of the looked-at pipeline stages; time: of the slowest of them."""
 
     job: Job
@@ -188,8 +188,7 @@ class Planner:
             return None
 
 
-@dataclass(frozen=True)
-class _Change:
+class _Change(NamedTuple):
     """What could be done; of several of one kind the best is shown."""
 
     kind: str
