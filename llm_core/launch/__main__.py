@@ -37,14 +37,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _launch(job: Job, keep: ExitStack) -> int:
-    shown = checks.shown_rank(job, os.environ)
+    checks.require_runnable(job, os.environ)
     address = checks.resolve(job)
     job = checks.reserve(job, keep)
     for note in job.notes:
         _say(note)
     stop = keep.enter_context(StopSignals())
     for start in range(job.restarts + 1):
-        outcome = _once(job if start == 0 else job.resumed(), address, shown, stop)
+        outcome = _once(job if start == 0 else job.resumed(), address, stop)
         for line in outcome.lines:
             _say(line)
         if not outcome.worth_another or stop.first is not None or start == job.restarts:
@@ -53,14 +53,14 @@ def _launch(job: Job, keep: ExitStack) -> int:
     return outcome.code
 
 
-def _once(job: Job, address: str, shown: int, stop: StopSignals) -> Outcome:
+def _once(job: Job, address: str, stop: StopSignals) -> Outcome:
     try:
         links = meet(job, address, _say, lambda: stop.first)
     except Stopped:
         return Outcome(128 + (stop.first or 0), ("stopped before anything was started",))
     where = f"node {job.node} of {job.nodes}, " if job.nodes > 1 else ""
     _say(f"{where}{job.local} processes; logs in {job.log_dir}; scheduler at {address}:{job.port}")
-    return Group(job, address, links, shown, stop).run()
+    return Group(job, address, links, stop).run()
 
 
 def _say(line: str) -> None:

@@ -17,27 +17,28 @@ from llm_core.launch.arguments import Job, devices, run_arguments
 _PORTS = 100  # tried after the default one
 
 
-def shown_rank(job: Job, environment: Mapping[str, str]) -> int:
-    """Check the run that the command describes, if it is one of ours; the rank whose log is worth watching.
+def require_runnable(job: Job, environment: Mapping[str, str]) -> None:
+    """Check the run that the command describes, if it is one of ours, and the devices.
 
-    That is the first one of the last pipeline stage, where the loss is known. UserError where the layout or the devices
-    do not fit N, and for every fault of the configuration.
+    UserError where the layout or the devices do not fit N, and for everything in the configuration that would end each
+    of the processes.
     """
     arguments = run_arguments(job.words)
-    target, stages = None, 1
+    target = None
     if arguments is not None:
         from llm_core.cli import load_run
 
         loaded = load_run(arguments)
         _require_layout(job, loaded)
-        target, stages = loaded.device, loaded.config.parallel_config.pipeline_stage
+        os.environ["MS_WORKER_NUM"] = str(job.ranks)  # as msrun will tell each of them
+        loaded.require_runnable()
+        target = loaded.device
     listed = devices(environment)
     if target != "CPU" and listed and job.local > len(listed):
         raise UserError(
             f"{job.local} processes on this machine, but {len(listed)} devices are listed ({', '.join(listed)}); start "
             "fewer, or list more in ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES"
         )
-    return job.ranks - job.ranks // stages
 
 
 def _require_layout(job: Job, loaded: Any) -> None:

@@ -67,11 +67,11 @@ class _Process:
 class Group:
     """Started once, watched until nothing of it is left.
 
-    job: what to start; address: of node 0, as numbers. links: to the launchers of other nodes. shown: the rank whose
-    log is printed while it runs, if it is one of this machine's. stop: signals of the launcher.
+    job: what to start; address: of node 0, as numbers. links: to the launchers of other nodes. stop: signals of the
+    launcher. Where rank 0 is, its log is printed while it grows.
     """
 
-    def __init__(self, job: Job, address: str, links: Links, shown: int, stop: StopSignals) -> None:
+    def __init__(self, job: Job, address: str, links: Links, stop: StopSignals) -> None:
         self.job, self.address, self.links, self.stop = job, address, links, stop
         self.token = secrets.token_hex(16)
         self.processes: dict[str, _Process] = {}
@@ -80,7 +80,7 @@ class Group:
         self.finished_nodes: set[int] = set()
         self.stopping: int | None = None
         self.deadline = self.settled = self.quiet = float("inf")
-        self.follower = Follower(job.log_dir / f"worker_{shown}.log")
+        self.follower = Follower(job.log_dir / "worker_0.log")
         self.selector = selectors.DefaultSelector()
 
     def run(self) -> Outcome:
