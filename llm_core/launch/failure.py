@@ -20,7 +20,7 @@ def exit_code(status: int) -> int:
 
 
 def cause(status: int, log: Path) -> str:
-    """Why a process ended: its signal, or its code and the last error that its log names."""
+    """Why a process ended: its signal, or its code and the last exception in its log, else the log's last line."""
     if status < 0:
         try:
             name = signal.Signals(-status).name
@@ -28,19 +28,21 @@ def cause(status: int, log: Path) -> str:
             name = f"signal {-status}"
         why = ": by somebody, or by the system for want of memory" if status == -signal.SIGKILL else ""
         return f"was killed by {name}{why}"
-    errors = [line for line in last_lines(log, 200) if re.match(r"[\w.]*(Error|Exception|Fault|Interrupt)\b", line)]
+    lines = last_lines(log, 200)
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Fault|Interrupt)\b", line)] or lines
     return f"ended with code {status}" + (f": {errors[-1][:300]}" if errors else "")
 
 
 def last_lines(path: Path, count: int = _LINES) -> list[str]:
-    """The last lines of a log that hold anything; none where there is no log."""
+    """The last lines of a log that hold anything, less what MindSpore's C++ only remarks; none if there is no log."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return []
-    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]
+    lines = (line.rstrip() for line in re.split(r"[\r\n]+", text))
+    return [line for line in lines if line and not re.match(r"\[(INFO|WARNING)\] \w+\(", line)][-count:]
 
 
 def waited(log: Path) -> bool:

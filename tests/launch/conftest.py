@@ -21,12 +21,13 @@ SCRIPT = Path(__file__).with_name("worker_script.py")
 class Launch:
     """The launcher's script in a process of its own, with what its ranks write into `folder`.
 
-    CMD among `argv` stands for worker_script.py with `steps` and `words`. `inside` is a command to run it under.
+    CMD among `argv` stands for `command`, or for worker_script.py with `steps` and `words`. `inside` is a command to run
+    it under.
     """
 
     def __init__(
         self, folder: Path, steps: int, *argv: str, words: str = "", inside: Sequence[str] = (),
-        script: str = "msrun_launcher.sh", **environment: str,
+        script: str = "msrun_launcher.sh", command: str = "", **environment: str,
     ) -> None:  # fmt: skip
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -34,7 +35,7 @@ class Launch:
         with open(folder / "out", "ab") as out, open(folder / "err", "ab") as err:
             self.process = subprocess.Popen(
                 [*inside, "bash", str(ROOT / "scripts" / script), *argv[: argv.index("CMD")],
-                 f"python {SCRIPT} {folder} {steps} {words}", *argv[argv.index("CMD") + 1 :]],
+                 command or f"python {SCRIPT} {folder} {steps} {words}", *argv[argv.index("CMD") + 1 :]],
                 stdout=out, stderr=err, cwd=folder,
                 env={**os.environ, "PYTHON": sys.executable, "LAUNCH_TEST": str(folder), "PYTHONPATH": str(ROOT)}
                 | environment,
