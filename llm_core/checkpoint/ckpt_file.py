@@ -9,58 +9,19 @@ Only the few field kinds that occur are parsed, by offset, so that a tensor is r
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from llm_core.checkpoint.dtypes import BY_MINDSPORE, Head, decode, encode
+from llm_core.checkpoint.protobuf import DamagedMessageError, field_start, fields, number_field, read_varint
 from llm_core.checkpoint.staged import StagedFile
 from llm_core.errors import UserError
 
 _PIECE_BYTES = 512 * 2**20  # upstream's slice: MindSpore reads these back as one tensor
 _CRC_MARK = b"crc_num"
 _CRC_BYTES = len(_CRC_MARK) + 10
-_VARINT, _LENGTH_DELIMITED = 0, 2
-
-
-class _Damaged(Exception):
-    pass
-
-
-def _read_varint(file: BinaryIO, end: int) -> int:
-    value = shift = 0
-    while True:
-        byte = file.read(1)
-        if not byte or file.tell() > end or shift > 63:
-            raise _Damaged
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-        shift += 7
-
-
-def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, offset, length) of each length-delimited field up to `end`; a varint has length -1 and its
-    value in the offset's place. After each yield the file may be anywhere."""
-    position = file.tell()
-    while position < end:
-        file.seek(position)
-        key = _read_varint(file, end)
-        number, kind = key >> 3, key & 7
-        value = _read_varint(file, end)
-        if kind == _VARINT:
-            position = file.tell()
-            yield number, value, -1
-        elif kind == _LENGTH_DELIMITED:
-            start = file.tell()
-            position = start + value
-            if position > end:
-                raise _Damaged
-            yield number, start, value
-        else:
-            raise _Damaged
 
 
 class CkptFile:
@@ -83,15 +44,15 @@ class CkptFile:
             self._crc = self._read_crc(size)
             self._end = size - (_CRC_BYTES if self._crc is not None else 0)
             self._file.seek(0)
-            for number, start, length in _fields(self._file, self._end):
+            for number, start, length in fields(self._file, self._end):
                 if number != 1 or length < 0:
-                    raise _Damaged
+                    raise DamagedMessageError
                 self._take_value(start, start + length)
             if not self._pieces:
-                raise _Damaged
+                raise DamagedMessageError
             for name in self._pieces:
                 self._take_head(name)
-        except (_Damaged, UnicodeDecodeError):
+        except (DamagedMessageError, UnicodeDecodeError):
             self._file.close()
             raise UserError(f"{path}: cut short, encrypted, or not a MindSpore .ckpt file") from None
         except BaseException:
@@ -107,41 +68,41 @@ class CkptFile:
 
     def _text(self, start: int, length: int) -> str:
         if length > 4096:
-            raise _Damaged
+            raise DamagedMessageError
         self._file.seek(start)
         return self._file.read(length).decode()
 
     def _take_value(self, start: int, end: int) -> None:
         self._file.seek(start)
         name, tensor = None, None
-        for number, offset, length in _fields(self._file, end):
+        for number, offset, length in fields(self._file, end):
             if length < 0 or number not in (1, 2):
-                raise _Damaged  # 3 is a MapTensor, a hash table: no language model has one
+                raise DamagedMessageError  # 3 is a MapTensor, a hash table: no language model has one
             if number == 1:
                 name = self._text(offset, length)
             else:
                 tensor = (offset, offset + length)
         if name is None or tensor is None:
-            raise _Damaged
+            raise DamagedMessageError
         self._take_tensor(name, *tensor)
 
     def _take_tensor(self, name: str, start: int, end: int) -> None:
         dims: list[int] = []
         kind, content = None, None
         self._file.seek(start)
-        for number, offset, length in _fields(self._file, end):
+        for number, offset, length in fields(self._file, end):
             if number == 1 and length < 0:
                 dims.append(offset)
             elif number == 1:  # the packed form of a repeated field
                 self._file.seek(offset)
                 while self._file.tell() < offset + length:
-                    dims.append(_read_varint(self._file, offset + length))
+                    dims.append(read_varint(self._file, offset + length))
             elif number == 2 and length >= 0:
                 kind = self._text(offset, length)
             elif number == 3 and length >= 0:
                 content = (offset, length)
         if kind is None or content is None:
-            raise _Damaged
+            raise DamagedMessageError
         self._dims[name], self._types[name] = tuple(dims), kind
         self._pieces.setdefault(name, []).append(content)
 
@@ -190,26 +151,13 @@ class CkptFile:
         self._file.close()
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _delimited(number: int, length: int) -> bytes:
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(length)
-
-
 def _message_start(name: str, head: Head, content_bytes: int) -> bytes:
     """All of one `Checkpoint` message but the tensor's content, which ends it."""
     tag, kind = name.encode(), head.dtype.mindspore.encode()
-    tensor = b"".join(_varint(1 << 3 | _VARINT) + _varint(n) for n in head.shape or (0,))
-    tensor += _delimited(2, len(kind)) + kind + _delimited(3, content_bytes)
-    value = _delimited(1, len(tag)) + tag + _delimited(2, len(tensor) + content_bytes) + tensor
-    return _delimited(1, len(value) + content_bytes) + value
+    tensor = b"".join(number_field(1, n) for n in head.shape or (0,))
+    tensor += field_start(2, len(kind)) + kind + field_start(3, content_bytes)
+    value = field_start(1, len(tag)) + tag + field_start(2, len(tensor) + content_bytes) + tensor
+    return field_start(1, len(value) + content_bytes) + value
 
 
 def _piece_sizes(head: Head) -> list[int]:

@@ -33,6 +33,24 @@ def weight_files(path: str | Path) -> list[Path]:
     return _in_folder(path)
 
 
+def rank_files(path: str | Path) -> list[Path]:
+    """The weight file of every rank, rank 0's first, of a folder that holds rank_0, rank_1 ... (or of an output_dir).
+
+    UserError where a rank has none, or several that belong to different runs.
+    """
+    path = Path(path).expanduser()
+    folder = next((inner for inner in (path / "checkpoint", path, path.parent) if (inner / "rank_0").is_dir()), None)
+    if folder is None:
+        raise UserError(f"load_checkpoint: {path}: no folder of ranks: there is no rank_0 in it")
+    files = []
+    while (own := folder / f"rank_{len(files)}").is_dir():
+        found = _in_folder(own)
+        if len(found) > 1:
+            raise UserError(f"load_checkpoint: {own}: {len(found)} files, {found[0].name} and others; leave one there")
+        files += found
+    return files
+
+
 def _in_folder(folder: Path) -> list[Path]:
     for index in _INDEXES:
         if (folder / index).is_file():

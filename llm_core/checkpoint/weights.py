@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +11,16 @@ import numpy as np
 
 from llm_core.checkpoint import meta_llama
 from llm_core.checkpoint.dtypes import Head
-from llm_core.checkpoint.files import TensorFile, open_tensor_file
+from llm_core.checkpoint.files import TensorFile
 from llm_core.checkpoint.gguf import GgufFile
 from llm_core.checkpoint.hf import family_hint, from_hf, is_buffer
 from llm_core.checkpoint.hf_fused import without_fused
-from llm_core.checkpoint.locate import weight_files
+from llm_core.checkpoint.locate import rank_files, weight_files
 from llm_core.checkpoint.manifest import verified_version
 from llm_core.checkpoint.qkv import ConcatView
+from llm_core.checkpoint.reshard import RankFiles, Share, extent, open_by_strategy, open_ranks, shards_of
 from llm_core.checkpoint.state_names import is_state
+from llm_core.checkpoint.strategy import Box, read_strategy
 from llm_core.errors import UserError
 from llm_core.models.spec import HEAD_NAMES
 from llm_core.text.gguf_tokenizer import tokenizer_files
@@ -93,6 +95,14 @@ class WeightFiles(LazyTensors):
         file, stored_name = self._places[name]
         return file.read(stored_name)
 
+    def part(self, name: str, box: Box) -> np.ndarray:
+        """A part of a tensor, as a new array."""
+        file, stored_name = self._places[name]
+        if isinstance(file, RankFiles):
+            return file.read_part(stored_name, box)
+        array = file.read(stored_name)
+        return array if extent(box) == array.shape else array[box].copy()
+
     @property
     def files(self) -> list[TensorFile]:
         """The open files."""
@@ -101,7 +111,7 @@ class WeightFiles(LazyTensors):
     def verify(self) -> None:
         """Check every file against its manifest, or its own crc where it has no manifest."""
         for file in self._files:
-            if verified_version(file.path) is None:
+            if isinstance(file, RankFiles) or verified_version(file.path) is None:
                 file.verify()
 
     def companions(self) -> dict[str, bytes]:
@@ -118,17 +128,20 @@ class WeightFiles(LazyTensors):
             file.close()
 
 
-def open_weights(path: str | Path) -> WeightFiles:
+def open_weights(path: str | Path, strategy: str | Path = "") -> WeightFiles:
     """Open what `path` stands for (see `locate.weight_files`), lazily, under MindFormers' names.
 
-    Hugging Face's names are mapped and its fused projections split, Meta's files merged and permuted. Nothing in a file
-    is executed.
+    Hugging Face's names are mapped and its fused projections split, Meta's files merged and permuted, the files that
+    the ranks of a run have saved put together: what comes out is whole. Nothing in a file is executed.
+    strategy: MindSpore's strategy file, or folder of such, of files that do not say themselves what they hold of what.
     Raises UserError for a missing, damaged or foreign file.
     """
     files = weight_files(path)
+    if strategy and shards_of(files[0]) is None:
+        return WeightFiles([open_by_strategy(rank_files(path), read_strategy(strategy))])
     if meta_llama.is_meta(files):
         return WeightFiles([meta_llama.MetaLlama(files)])
-    return WeightFiles([without_fused(open_tensor_file(file)) for file in files])
+    return WeightFiles([without_fused(open_ranks(file)) for file in files])
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
@@ -168,29 +181,46 @@ class LoadReport:
 
 
 def load_into(
-    net: nn.Cell, tensors: Mapping[str, np.ndarray], *, strict: bool = True, source: str | Path = "the checkpoint"
+    net: nn.Cell,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    strict: bool = True,
+    source: str | Path = "the checkpoint",
+    share: Share | None = None,
+    seen: Callable[[str, np.ndarray], None] | None = None,
 ) -> LoadReport:
     """Set the parameters of `net` from `tensors` (MindFormers' names), cast to each parameter's type.
 
     Joined and split projections (qkv_concat) are converted to what the net has; optimizer state is left out. A head
     that the net ties to its embedding is accepted when the file's head is that embedding. `source` is named in errors.
+    share: what the net, a rank's, holds of the model; `tensors` are whole and cut one after the other.
+    seen: gets every whole tensor that is loaded, with its name.
     UserError, with the net untouched: no name matches; a shape differs; with `strict`, a parameter that belongs to
     the base model (not to an adapter, nor the head of a classifier, which starts fresh) is missing.
     """
     parameters = net.parameters_dict()
-    report = compare(tensors, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if share is not None:
+        shapes = {name: share.whole(name) or shape for name, shape in shapes.items()}
+    report = compare(tensors, shapes, elsewhere=() if share is None else share.cuts)
     _refuse_misfit(report, tensors, strict, source)
     import mindspore
 
     view = ConcatView(tensors, parameters)
     for name in report.matched:
-        parameter = parameters[name]
-        parameter.set_data(mindspore.Tensor(np.ascontiguousarray(view[name]), dtype=parameter.dtype))
+        parameter, whole = parameters[name], view[name]
+        if seen is not None:
+            seen(name, whole)
+        own = whole if share is None else whole[share.box(name, whole.shape)]
+        parameter.set_data(mindspore.Tensor(np.ascontiguousarray(own), dtype=parameter.dtype))
     return report
 
 
-def compare(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> LoadReport:
-    """The report that loading would give, from heads alone. shapes: of the model's parameters, by name."""
+def compare(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], elsewhere: Container[str] = ()
+) -> LoadReport:
+    """The report that loading would give, from heads alone. shapes: of the model's parameters, by name. elsewhere:
+    parameters that other ranks hold, which are not unexpected."""
     view = ConcatView(tensors, shapes)
     report = LoadReport()
     for name, shape in shapes.items():
@@ -201,7 +231,7 @@ def compare(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, .
         else:
             report.matched.append(name)
     for name in view:
-        if name in shapes or is_state(name, shapes) or is_state(name, tensors):
+        if name in shapes or name in elsewhere or is_state(name, shapes) or is_state(name, tensors):
             continue
         if name == "lm_head.weight" and _is_the_embedding(tensors):
             continue
