@@ -21,7 +21,8 @@ SCRIPT = Path(__file__).with_name("worker_script.py")
 class Launch:
     """The launcher's script in a process of its own, with what its ranks write into `folder`.
 
-    CMD among `argv` stands for `command`, or for worker_script.py with `steps` and `words`. `inside`: run it under this.
+    CMD among `argv` stands for `command`, or for worker_script.py with `steps` and `words`. `inside`
+    is a command to run it under.
     """
 
     def __init__(
