@@ -20,6 +20,7 @@ from llm_core.peft.lora import LORA_A, LORA_B, scaling, targets
 SPEC = DecoderSpec(
     vocab_size=48, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40, max_position=64
 )
+SHALLOW = replace(SPEC, num_layers=1)  # for what is compiled
 INTERNLM_7B = DecoderSpec(
     vocab_size=103168, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, ffn_size=11008,
     max_position=2048, qkv_bias=True, output_bias=True,
@@ -228,8 +229,8 @@ def test_a_fresh_adapter_changes_nothing(dora):
     from mindspore import Tensor
 
     tokens = Tensor(np.arange(12, dtype=np.int32).reshape(2, 6))
-    base = build_net(SPEC, None, seed=4)(tokens).asnumpy()
-    adapted = build_net(SPEC, lora(target_modules=EVERY, use_dora=dora), seed=4)(tokens).asnumpy()
+    base = build_net(SHALLOW, None, seed=4)(tokens).asnumpy()
+    adapted = build_net(SHALLOW, lora(target_modules=EVERY, use_dora=dora), seed=4)(tokens).asnumpy()
     np.testing.assert_allclose(adapted, base, rtol=0, atol=1e-6 * abs(base).max() if dora else 0)
 
 
@@ -240,7 +241,7 @@ def test_dropout_acts_in_training_alone_and_follows_its_key():
     from llm_core.ops import dropout_key
 
     pet = lora(target_modules=EVERY, lora_dropout=0.5, lora_b_init="he_uniform")
-    loss = TokenLoss(build_net(SPEC, pet, seed=4)).set_train()
+    loss = TokenLoss(build_net(SHALLOW, pet, seed=4)).set_train()
     tokens = np.random.default_rng(0).integers(1, 48, (2, 7)).astype(np.int32)
     batch = Tensor(tokens[:, :-1].copy()), Tensor(tokens[:, 1:].copy())
 
@@ -250,7 +251,7 @@ def test_dropout_acts_in_training_alone_and_follows_its_key():
     plain = of()
     assert plain == of()
     assert of((1, 5)) == of((1, 5)) != of((1, 6)) != plain
-    without = TokenLoss(build_net(SPEC, lora(**{**pet.model_dump(), "lora_dropout": 0.0}), seed=4)).set_train()
+    without = TokenLoss(build_net(SHALLOW, lora(**{**pet.model_dump(), "lora_dropout": 0.0}), seed=4)).set_train()
     assert float(without(*batch)[0].asnumpy()) == pytest.approx(plain, rel=1e-6)
 
 
@@ -263,8 +264,8 @@ def test_bfloat16_products():
         pytest.skip(core_ops.backend().operators.bf16_refusal())
     pet = lora(target_modules=EVERY, lora_b_init="he_uniform")
     tokens = Tensor(np.arange(12, dtype=np.int32).reshape(2, 6))
-    exact = build_net(SPEC, pet, seed=4)(tokens).asnumpy()
-    rounded = build_net(replace(SPEC, compute_dtype="bfloat16"), pet, seed=4)(tokens).asnumpy()
+    exact = build_net(SHALLOW, pet, seed=4)(tokens).asnumpy()
+    rounded = build_net(replace(SHALLOW, compute_dtype="bfloat16"), pet, seed=4)(tokens).asnumpy()
     assert 0 < np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
 
 
@@ -285,7 +286,7 @@ from llm_core.models.heads import training_loss
 from llm_core.train.step import AccumulateStep
 
 ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", save_graphs=1, save_graphs_path=sys.argv[1])
-net = t.build_net(t.replace(t.SPEC, num_layers=1), t.lora(target_modules="wq"), seed=1)
+net = t.build_net(t.SHALLOW, t.lora(target_modules="wq"), seed=1)
 weights = ms.ParameterTuple(net.trainable_params())
 sums = ms.ParameterTuple(ms.Parameter(w.value(), name="sum." + w.name) for w in weights)
 step = AccumulateStep(training_loss(net), weights, sums).set_train()
