@@ -81,7 +81,7 @@ class CachedDecoder(nn.Cell):
         places = columns + self.prefix_length  # in the cache, of real tokens; row b's prefix begins at kv_start[b]
         angles, bias = None, None
         if self.alibi is None:
-            angles = self.angles(self._positions(columns, kv_start), start + width - kv_start.min())
+            angles = self.angles(self._positions(columns, kv_start), start + width - kv_start)
         else:
             bias = self.alibi(self._positions(ops.arange(self.length) - self.prefix_length, kv_start))
         decoder = self.net.model

@@ -77,9 +77,9 @@ def _llama3(rope: RopeSpec, plain: np.ndarray) -> np.ndarray:
 class RotaryAngles(nn.Cell):
     """cos and sin of positions: int32 [N, S] -> two fp32 [N, S, 1, head_dim], for `ops.Rope`.
 
-    Both halves of a head turn by the same angle, so a row is (c, c) and (-s, s). `length` int32 [] is the
-    current sequence length, which only dynamic_ntk needs; it knows lengths up to `max_length` and refuses longer
-    ones when the graph is compiled.
+    Both halves of a head turn by the same angle, so a row is (c, c) and (-s, s). `length` int32 [] or [N] is the
+    current sequence length, of all rows or of each, which only dynamic_ntk needs; it knows lengths up to `max_length`
+    and refuses longer ones when the graph is compiled.
     """
 
     def __init__(self, rope: RopeSpec, head_dim: int, max_length: int):
@@ -94,11 +94,11 @@ class RotaryAngles(nn.Cell):
     def construct(self, positions: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         frequencies = self.frequencies
         if self.dynamic:
-            frequencies = ops.gather(frequencies, ops.maximum(length - self.shortest, 0).reshape(1), 0)
+            frequencies = ops.gather(frequencies, ops.maximum(length - self.shortest, 0).reshape(-1), 0)
         rows, width = positions.shape
         if self.dynamic and width > max(self.max_length, self.shortest):
             raise ValueError("the sequence is longer than max_length, up to which dynamic_ntk has frequencies")
-        angles = ops.cast(positions, ms.float32).reshape(-1, 1) * frequencies
+        angles = ops.cast(positions, ms.float32).reshape(rows, width, 1) * ops.expand_dims(frequencies, 1)
         cos, sin = ops.cos(angles) * self.scale, ops.sin(angles) * self.scale
         shape = (rows, width, 1, 2 * frequencies.shape[1])
         return ops.concat((cos, cos), -1).reshape(shape), ops.concat((-sin, sin), -1).reshape(shape)

@@ -11,6 +11,7 @@ from llm_core.infer import batch
 from llm_core.infer.batch import cache_length, prompt_columns
 from llm_core.infer.generate import Generator
 from llm_core.infer.sampling import SamplingParams
+from llm_core.models.decoder import CausalLM
 
 PROMPTS = [[1, 5, 9], [1, *range(40, 70)], [7]]
 GREEDY = SamplingParams(max_new_tokens=64)
@@ -43,6 +44,20 @@ def test_left_padding_changes_nothing(generator, greedy):
     for number in (0, 2):
         [alone] = generator.generate([PROMPTS[number]], GREEDY)
         assert alone.token_ids == greedy[number].token_ids
+
+
+def test_every_row_has_its_own_angles_beyond_the_trained_length(net, spec):
+    """DYNAMIC_NTK: a row's base grows with its own length, not with the longest row's."""
+    scaled = replace(spec, rope=replace(spec.rope, method="dynamic_ntk", factor=4.0, original_length=16))
+    model = CausalLM(scaled, seed=None).set_train(False)
+    weights = net.parameters_dict()
+    for name, weight in model.parameters_dict().items():
+        weight.set_data(weights[name])
+    generator, params = Generator(model, scaled, eos_ids=[], pad_id=0), SamplingParams(max_new_tokens=40)
+    together = [answer.token_ids for answer in generator.generate(PROMPTS, params)]
+    assert together == [generator.generate([prompt], params)[0].token_ids for prompt in PROMPTS]
+    unscaled = Generator(net, spec, eos_ids=[], pad_id=0).generate(PROMPTS, params)
+    assert together != [answer.token_ids for answer in unscaled]
 
 
 def test_a_growing_cache_changes_nothing(net, spec, greedy, monkeypatch):
@@ -162,8 +177,6 @@ def test_greedy_tokens_are_those_of_transformers(spec, kv_heads, tied):
 
     from llm_core.checkpoint.hf import from_hf
     from llm_core.checkpoint.weights import load_into
-    from llm_core.models.decoder import CausalLM
-
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
