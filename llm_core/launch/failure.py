@@ -29,8 +29,13 @@ def cause(status: int, log: Path) -> str:
         why = ": by somebody, or by the system for want of memory" if status == -signal.SIGKILL else ""
         return f"was killed by {name}{why}"
     lines = last_lines(log, 200)
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Fault|Interrupt)\b", line)] or lines
-    return f"ended with code {status}" + (f": {errors[-1][:300]}" if errors else "")
+    if not lines:
+        return f"ended with code {status}"
+    errors = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Fault)\b", line)]
+    found = lines[errors[-1]] if errors else lines[-1]
+    if errors and found.endswith(":"):  # MindSpore's, whose text follows below a headline
+        found += "".join([f" {line}" for line in lines[errors[-1] + 1 :] if not line.startswith("-")][:1])
+    return f"ended with code {status}: {found[:300]}"
 
 
 def last_lines(path: Path, count: int = _LINES) -> list[str]:

@@ -132,6 +132,8 @@ def test_codes_and_causes(tmp_path):
     assert failure.cause(3, log) == "ended with code 3: mine.ShapeError: 3 is not 4"
     assert "SIGKILL" in failure.cause(-signal.SIGKILL, log) and "SIGSEGV" in failure.cause(-signal.SIGSEGV, log)
     assert failure.cause(2, tmp_path / "none") == "ended with code 2"
+    log.write_text("RuntimeError: \n-----\n- Kernel error:\n-----\nLaunch kernel failed: AllReduce-op0\n-----\n")
+    assert failure.cause(1, log) == "ended with code 1: RuntimeError: Launch kernel failed: AllReduce-op0"
     log.write_text("step 1\nout/x.safetensors: disk full\n[INFO] DISTRIBUTED(9,7f,python):2026 [tcp.cc:3] Start] ok\n")
     assert failure.cause(1, log) == "ended with code 1: out/x.safetensors: disk full"
 

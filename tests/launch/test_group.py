@@ -67,7 +67,7 @@ def test_a_rank_that_does_not_follow_a_stop_signal_is_killed(launch, port, tmp_p
     group = launch(tmp_path, 0, "--grace", "4", "CMD", "2", port, "logs", "True", "120")
     group.wait_for(lambda: group.reached(0, 0, 1))
     group.process.send_signal(signal.SIGINT)
-    assert group.end(15) == 130
+    assert group.end(30) == 130
     assert (tmp_path / "saved_0.json").exists() and not (tmp_path / "saved_1.json").exists()
     assert "SIGINT: after 4 s there was still rank 1" in group.errors
 

@@ -82,19 +82,25 @@ def test_two_machines_work_together_and_a_stop_signal_on_one_stops_both(launch, 
     assert saved[0] == saved[1]
 
 
-def test_tasks_of_srun_and_a_failure_that_is_known_on_both(launch, machines, tmp_path):
+def test_tasks_of_srun_a_failure_that_is_known_on_both_and_their_second_start(launch, machines, tmp_path):
     """srun itself is not here; its environment is all that the script sees of it."""
     slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[00-01]"}
     first, second = (
         launch(
-            tmp_path / f"node{node}", 500, "CMD", "1", "logs", "120", inside=machines.inside(node),
+            tmp_path / f"node{node}", 500, "--restart", "1", "CMD", "1", "logs", "120", inside=machines.inside(node),
             script="slurm_launch.sh", **slurm, SLURM_PROCID=str(node), SLURM_NODEID=str(node),
         )
         for node in range(2)
     )  # fmt: skip
     first.wait_for(lambda: ranks_at(2, first, second))
     os.kill(second.rank(1)["pid"], signal.SIGKILL)
-    assert second.end(60) == 137 and first.end(10) == 137
-    assert "rank 1 was killed by SIGKILL" in second.errors
-    assert "node 1: rank 1 was killed by SIGKILL" in first.errors
+    for node, name in ((second, "rank 1"), (first, "node 1: rank 1")):
+        node.wait_for(lambda node=node: "start 2 of at most 2" in node.errors, 60)
+        assert f"launcher: {name} was killed by SIGKILL" in node.errors
+    for rank, node in enumerate((first, second)):
+        (node.folder / f"rank_{rank}.json").unlink()
+    first.wait_for(lambda: ranks_at(2, first, second))
+    os.kill(first.rank(0)["pid"], signal.SIGKILL)
+    assert first.end(60) == 137 and second.end(10) == 137
+    assert "launcher: node 0: rank 0 was killed by SIGKILL" in second.errors
     assert f"scheduler at {machines.addresses[0]}:20077" in first.errors
