@@ -2,7 +2,7 @@
 
 msrun says neither how a process ended nor lets the others finish when one of them has; so the launcher listens to
 these instead. A connection to it carries the process' id and, at its end, its status; from the launcher come signals
-to pass on. If the connection breaks, the launcher is dead, and the process is stopped as by SIGTERM.
+to pass on. If the connection breaks, the launcher is dead, and a rank is stopped as by SIGTERM.
 
 Started by its path, under whatever Python msrun finds, so it needs the standard library alone:
     python worker.py GRACE INTERPRETER WORDS...
@@ -68,10 +68,10 @@ def _obey(launcher: socket.socket, child: subprocess.Popen, stopped: threading.E
             break
         for number in numbers:
             child.send_signal(number)
-    if child.poll() is None:
+    if os.environ.get("MS_ROLE") != "MS_SCHED":  # which ends when the last rank has
         child.terminate()
-        time.sleep(grace)
-        child.kill()
+    time.sleep(grace)
+    child.kill()
 
 
 if __name__ == "__main__":
