@@ -82,10 +82,10 @@ def test_a_stop_signal_saves_and_the_run_resumes_to_the_same_curve(write_config,
 @pytest.mark.slow
 def test_sigkill_at_random_moments_never_changes_the_curve(write_config, tmp_path):
     """20 kills of a run that saves every step: some while it starts, most within some saves of its first new step."""
-    whole = write_config(runner_config__epochs=24, output_dir=str(tmp_path / "whole"))
+    whole = write_config(runner_config__epochs=32, output_dir=str(tmp_path / "whole"))
     assert run(whole).returncode == 0
     expected = losses(tmp_path / "whole")
-    config = write_config(runner_config__epochs=24).rename(tmp_path / "killed.yaml")
+    config = write_config(runner_config__epochs=32).rename(tmp_path / "killed.yaml")
     moments = random.Random(11)
     for kill in range(20):
         before = written(tmp_path / "out")
