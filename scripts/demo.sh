@@ -72,6 +72,7 @@ show "$python" run_llm.py --config configs/demo/predict_llama_demo.yaml --load_c
 
 headline "done"
 cat <<END
+The model is five million parameters on two megabytes of text: look for the form of an answer, not its truth.
 Talk to it:     $python run_llm.py chat --config configs/demo/predict_llama_demo.yaml \\
                     --load_checkpoint $out/finetune --processor.tokenizer.vocab_file $corpus/tokenizer.model
 Train longer:   configs/demo/pretrain_llama_demo.yaml; every key: $python run_llm.py schema -p .
