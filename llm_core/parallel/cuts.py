@@ -2,7 +2,8 @@
 planner. Pure, without MindSpore.
 
 Tensor parallelism cuts a linear layer by its outputs (axis 0) or, where the layer before it was cut by its outputs, by
-its inputs (axis 1), as in Megatron-LM (arXiv 1909.08053). ZeRO cuts axis 0 of what is left over the dp ranks.
+its inputs (axis 1), as in Megatron-LM (arXiv 1909.08053). ZeRO cuts axis 0 of what is left over the dp ranks: of
+matrices alone, since vectors and adapters are small.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def _cut(name: str, shape: tuple[int, ...], spec: DecoderSpec, layout: Layout, s
     stages = _stages(name, spec, layout, stage_of)
     cut = Cut(shape, axis, parts, stages, partial, zero=False)
     large = prod(cut.part_shape) * _BYTES >= layout.zero_threshold
-    is_prefix = name.startswith(_ADAPTER)
-    zero = layout.zero > 0 and layout.dp > 1 and cut.part_shape[0] % layout.dp == 0 and large and not is_prefix
+    fits = len(shape) > 1 and cut.part_shape[0] % layout.dp == 0 and _ADAPTER not in name
+    zero = layout.zero > 0 and layout.dp > 1 and large and fits
     return replace(cut, zero=zero)
 
 

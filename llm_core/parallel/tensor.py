@@ -177,55 +177,36 @@ class WholeLogits(nn.Cell):
 class CutNll(nn.Cell):
     """`ops.TokenNll` of logits whose vocabulary is cut: logits fp32 [N, V / tp], labels int32 [N], negative = ignored.
 
-    The ranks exchange three numbers a token: the largest logit, the sum of exponentials and the label's logit.
+    The ranks exchange three numbers a token: the largest logit, then the sum of exponentials and the label's logit.
     """
 
     def __init__(self, group: tuple[int, ...], shard: int, vocab_size: int) -> None:
         super().__init__(auto_prefix=False)
-        self.core = _CutSoftmaxNll(group, shard)
+        self.shard, self.ranks = shard, len(group)
         self.count = vocab_size // len(group)
         self.begin = shard * self.count
+        self.peaks, self.sum = SumForward(group), SumForward(group)
+        self.largest = ops.ArgMaxWithValue(axis=-1, keep_dims=True)
+        self.pick = ops.GatherD()
 
     def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         supervised = ops.cast(labels >= 0, ms.float32).reshape(-1, 1)
         own = ops.logical_and(labels >= self.begin, labels < self.begin + self.count)
         places = ((labels - self.begin) * ops.cast(own, ms.int32)).reshape(-1, 1)
-        loss, _ = self.core(logits, places, ops.cast(own, ms.float32).reshape(-1, 1), supervised)
-        return loss, supervised.sum()
+        peak = self._peak(ops.stop_gradient(logits))
+        target = self.pick(logits, 1, places) * ops.cast(own, ms.float32).reshape(-1, 1)
+        both = self.sum(ops.concat((ops.exp(logits - peak).sum(-1, keepdims=True), target), 1))
+        losses = (peak + ops.log(both[:, :1]) - both[:, 1:]) * supervised
+        return losses.sum(), supervised.sum()
 
-
-class _CutSoftmaxNll(nn.Cell):
-    """(sum of losses [], log sum exp of each row [N, 1]) of logits [N, V / tp]; own, supervised: fp32 0 or 1, [N, 1].
-
-    Gradient: (softmax - onehot) * supervised, of this rank's part.
-    """
-
-    def __init__(self, group: tuple[int, ...], shard: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.sum, self.count, self.shard = Sum(group), len(group), shard
-        self.largest = ops.ArgMaxWithValue(axis=-1, keep_dims=True)
-        self.pick = ops.GatherD()
-
-    def construct(self, logits: Tensor, places: Tensor, own: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:
-        _, peak = self.largest(logits)
-        total = ops.exp(logits - peak).sum(-1, keepdims=True)
-        mine = ops.concat((peak, total), 1)
+    def _peak(self, logits: Tensor) -> Tensor:
+        """The largest logit of the whole vocabulary: [N, 1]."""
+        _, own = self.largest(logits)
         slots = ()
-        for i in range(self.count):
-            slots = slots + (mine if i == self.shard else ops.zeros_like(mine),)
-        every = self.sum(ops.concat((*slots, self.pick(logits, 1, places) * own), 1))
-        stats = every[:, : 2 * self.count].reshape(-1, self.count, 2)
-        peaks, totals = stats[:, :, 0], stats[:, :, 1]
-        _, highest = self.largest(peaks)
-        log_total = highest + ops.log((totals * ops.exp(peaks - highest)).sum(-1, keepdims=True))
-        losses = (log_total - every[:, 2 * self.count :]) * supervised
-        return losses.sum(), log_total
-
-    def bprop(self, logits, places, own, supervised, out, dout):
-        weights = supervised * dout[0]
-        d_logits = ops.exp(logits - out[1]) * weights
-        d_logits = ops.tensor_scatter_elements(d_logits, places, -weights * own, 1, "add")
-        return d_logits, ops.zeros_like(places), ops.zeros_like(own), ops.zeros_like(supervised)
+        for i in range(self.ranks):
+            slots = slots + (own if i == self.shard else ops.zeros_like(own),)
+        _, peak = self.largest(self.peaks(ops.concat(slots, 1)))
+        return ops.stop_gradient(peak)
 
 
 class CutLinearNll(nn.Cell):
