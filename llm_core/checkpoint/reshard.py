@@ -186,23 +186,50 @@ def _within(box: Sequence[slice], outer: Box) -> Box:
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer, strict=True))
 
 
+def read_part(file: TensorFile, name: str, box: Box) -> np.ndarray:
+    """A part of a tensor of a file, or of all ranks' files, as a new array."""
+    if isinstance(file, RankFiles):
+        return file.read_part(name, box)
+    array = file.read(name)
+    return array if extent(box) == array.shape else array[box].copy()
+
+
+def paths_of_save(path: Path) -> list[Path]:
+    """The files of all ranks of the checkpoint that `path` belongs to, rank 0's first; of one process `path` alone.
+
+    UserError that names the rank whose file is missing or of another save.
+    """
+    shards = shards_of(path)
+    if shards is None:
+        return [path]
+    folder = path.parent.parent
+    paths = [folder / f"rank_{rank}" / shards["file"].replace(_RANK, str(rank)) for rank in range(shards["ranks"])]
+    for rank, file in enumerate(paths):
+        of = f"{file}: the file of rank {rank} of the {shards['ranks']} that saved this checkpoint"
+        if not file.is_file():
+            raise UserError(f"{of} is missing; all of them are needed, in folders beside each other")
+        own = shards_of(file)
+        if own is None or (own["save"], own["rank"]) != (shards["save"], rank):
+            raise UserError(f"{of} is of another save; use another checkpoint")
+    return paths
+
+
 def open_ranks(path: Path) -> TensorFile:
     """A weight file; where it is one rank's of a checkpoint of several, the files of all ranks as one.
 
     UserError that names the rank whose file is missing, damaged or of another save.
     """
-    shards = shards_of(path)
-    if shards is None:
+    paths = paths_of_save(path)
+    said = [shards_of(file) for file in paths]
+    if said[0] is None:
         return open_tensor_file(path)
-    paths = rank_paths(path, shards)
-    every = [_shards_of_rank(file, rank, shards) for rank, file in enumerate(paths)]
 
     def place(rank: int, name: str, head: Head) -> tuple[tuple[int, ...], Box]:
-        said = every[rank]["places"].get(name)
-        if said is None:
+        at = said[rank]["places"].get(name)
+        if at is None:
             return head.shape, full(head.shape)
-        begin, whole = said["begin"], tuple(said["whole"])
-        return whole, tuple(slice(first, first + size) for first, size in zip(begin, head.shape, strict=True))
+        ends = zip(at["begin"], head.shape, strict=True)
+        return tuple(at["whole"]), tuple(slice(first, first + size) for first, size in ends)
 
     return _open(paths, place)
 
@@ -248,19 +275,3 @@ def shards_of(path: Path) -> dict[str, Any] | None:
 def _only(path: Path, versions: list[Version]) -> Version:
     """The version that the file is; they have to be told apart by content only where a save was cut short."""
     return versions[0] if len(versions) == 1 else verified_version(path) or versions[0]
-
-
-def rank_paths(path: Path, shards: Mapping[str, Any]) -> list[Path]:
-    """The files of all ranks of the checkpoint that `path` belongs to, rank 0's first."""
-    folder = path.parent.parent
-    return [folder / f"rank_{rank}" / shards["file"].replace(_RANK, str(rank)) for rank in range(shards["ranks"])]
-
-
-def _shards_of_rank(path: Path, rank: int, shards: Mapping[str, Any]) -> dict[str, Any]:
-    of = f"{path}: the file of rank {rank} of the {shards['ranks']} that saved this checkpoint"
-    if not path.is_file():
-        raise UserError(f"{of} is missing; all of them are needed")
-    own = shards_of(path)
-    if own is None or (own["save"], own["ranks"]) != (shards["save"], shards["ranks"]):
-        raise UserError(f"{of} is of another save; use another checkpoint")
-    return own

@@ -18,7 +18,7 @@ from llm_core.checkpoint.hf_fused import without_fused
 from llm_core.checkpoint.locate import rank_files, weight_files
 from llm_core.checkpoint.manifest import verified_version
 from llm_core.checkpoint.qkv import ConcatView
-from llm_core.checkpoint.reshard import RankFiles, Share, extent, open_by_strategy, open_ranks, shards_of
+from llm_core.checkpoint.reshard import RankFiles, Share, open_by_strategy, open_ranks, read_part, shards_of
 from llm_core.checkpoint.state_names import is_state
 from llm_core.checkpoint.strategy import Box, read_strategy
 from llm_core.errors import UserError
@@ -98,10 +98,7 @@ class WeightFiles(LazyTensors):
     def part(self, name: str, box: Box) -> np.ndarray:
         """A part of a tensor, as a new array."""
         file, stored_name = self._places[name]
-        if isinstance(file, RankFiles):
-            return file.read_part(stored_name, box)
-        array = file.read(stored_name)
-        return array if extent(box) == array.shape else array[box].copy()
+        return read_part(file, stored_name, box)
 
     @property
     def files(self) -> list[TensorFile]:

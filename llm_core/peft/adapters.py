@@ -31,6 +31,7 @@ from llm_core.peft.apply import ADAPTER_MARK, adapter_shapes, is_adapter_name, i
 if TYPE_CHECKING:
     from mindspore import nn
 
+    from llm_core.checkpoint.reshard import Share
     from llm_core.config import RunConfig
     from llm_core.models.spec import DecoderSpec
 
@@ -279,19 +280,24 @@ def require_head(missing: Iterable[str], spec: DecoderSpec, pet: Any, path: str)
 # ---- into a network
 
 
-def load_adapter(net: nn.Cell, adapter: Adapter) -> None:
+def load_adapter(
+    net: nn.Cell, adapter: Adapter, share: Share | None = None, base: Mapping[str, str] | None = None
+) -> None:
     """Set the parameters of `net`, which was built with `adapter.pet`, from the adapter's values.
 
+    share: of what the net, a rank's, holds. base: the fingerprint of the base in `net` (default: taken from the net).
     Raises UserError, before a value is set, when the base in `net` is another one than the adapter was trained on.
     """
     import mindspore
 
     if adapter.base_fingerprint:
-        require_base(adapter, base_fingerprint(net))
+        require_base(adapter, base_fingerprint(net, share) if base is None else base)
     parameters = net.parameters_dict()
     for name, tensor in adapter.tensors.items():
-        parameter = parameters[name]
-        parameter.set_data(mindspore.Tensor(np.ascontiguousarray(tensor), dtype=parameter.dtype))
+        box = (...,) if share is None else share.box(name, tensor.shape)
+        if box is not None:
+            parameter = parameters[name]
+            parameter.set_data(mindspore.Tensor(np.ascontiguousarray(tensor[box]), dtype=parameter.dtype))
 
 
 def require_base(adapter: Adapter, found: Mapping[str, str]) -> None:
@@ -324,28 +330,45 @@ def base_alone(weights: WeightFiles, path: str) -> Mapping[str, np.ndarray]:
     return base
 
 
-def load_base(net: nn.Cell, path: str) -> LoadReport:
+@dataclass(frozen=True)
+class BaseReport(LoadReport):
+    """What `load_base` did. fingerprint: of the frozen parameters that it has set, of their whole tensors."""
+
+    fingerprint: dict[str, str] = field(default_factory=dict)
+
+
+def load_base(net: nn.Cell, path: str, share: Share | None = None, strategy: str = "") -> BaseReport:
     """`load_into` for load_checkpoint, verified: the base's weights; an adapter's beside them are for `load_adapter`.
 
-    Raises UserError as it does, where there is nothing but an adapter, and where a classifier's head is missing that
-    the network's adapter freezes.
+    share: of what the net, a rank's, holds. strategy: as for `open_weights`.
+    Raises UserError as it does, and where there is nothing but an adapter.
     """
-    weights = open_weights(path)
+    frozen, found = _frozen(net), {}
+
+    def take(name: str, whole: np.ndarray) -> None:
+        if name in frozen:
+            found.update(fingerprint([(name, whole)]))
+
+    weights = open_weights(path, strategy)
     try:
         weights.verify()
-        report = load_into(net, base_alone(weights, path), source=path)
+        report = load_into(net, base_alone(weights, path), source=path, share=share, seen=take)
     finally:
         weights.close()
     report.missing[:] = [name for name in report.missing if not is_adapter_name(name)]
-    require_head(report.missing, net.spec, net.graph_key.get("adapter"), path)
-    return report
+    return BaseReport(**vars(report), fingerprint=found)
 
 
-def base_fingerprint(net: nn.Cell) -> dict[str, str]:
-    """`fingerprint` of every frozen parameter of the base in `net`."""
+def base_fingerprint(net: nn.Cell, share: Share | None = None) -> dict[str, str]:
+    """`fingerprint` of every frozen parameter of the base in `net`; of a rank's of those that it holds all of."""
+    frozen = _frozen(net)
+    whole = [name for name in frozen if share is None or share.whole(name) == tuple(frozen[name].shape)]
+    return fingerprint((name, frozen[name].asnumpy()) for name in sorted(whole))
+
+
+def _frozen(net: nn.Cell) -> dict[str, Any]:
     parameters = net.parameters_dict()
-    frozen = [name for name, p in parameters.items() if not p.requires_grad and not is_adapter_name(name)]
-    return fingerprint((name, parameters[name].asnumpy()) for name in sorted(frozen))
+    return {name: p for name, p in parameters.items() if not p.requires_grad and not is_adapter_name(name)}
 
 
 def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:

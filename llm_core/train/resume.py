@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,17 +17,26 @@ from llm_core.errors import UserError
 from llm_core.peft.adapters import Adapter, differing, pet_from_dict
 from llm_core.report.console import console
 
+if TYPE_CHECKING:
+    from llm_core.parallel.comm import Comm
 
-def store_of(config: RunConfig, output_dir: str | Path | None = None) -> CheckpointStore:
-    """The checkpoints of this run, or those that a run of these settings has left in another output_dir."""
+
+def store_of(config: RunConfig, output_dir: str | Path | None = None, comm: Comm | None = None) -> CheckpointStore:
+    """The checkpoints of this run, or those that a run of these settings has left in another output_dir.
+
+    comm: of a run of several ranks, which save and look for the latest together; what a rank holds of the tensors has
+    to be told before it saves or reads some: `store.share = Share(layout, rank, cuts)`.
+    """
+    ranks = () if comm is None else (comm.rank, comm.layout.world, comm.gate)
     checkpoints = config.callback("CheckpointMonitor")
     folder = output_dir or (checkpoints is not None and checkpoints.directory) or config.output_dir
     prefix = (checkpoints.prefix if checkpoints is not None else None) or config.trainer.model_name or "CKP"
     if checkpoints is None:  # no regular saves asked for; a stop signal still saves
-        return CheckpointStore(folder, prefix)
+        return CheckpointStore(folder, prefix, *ranks)
     return CheckpointStore(
         folder,
         prefix,
+        *ranks,
         keep_max=checkpoints.keep_checkpoint_max,
         file_format=checkpoints.checkpoint_format,
         keep_best=checkpoints.keep_best,
@@ -34,16 +45,23 @@ def store_of(config: RunConfig, output_dir: str | Path | None = None) -> Checkpo
     )
 
 
-class ResumePoint(NamedTuple):
-    """A checkpoint with its content: tensors by name, and the state that `loop.Run.state` describes."""
+@dataclass
+class ResumePoint:
+    """A checkpoint to go on from. state: what `loop.Run.state` describes. store: what reads it."""
 
     path: Path
-    tensors: dict[str, np.ndarray]
     state: dict[str, Any]
+    store: CheckpointStore
+
+    @cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """By name; of a run of several ranks this one's share of them, whatever layout has saved them: read when first
+        asked for, once `store.share` is known."""
+        return self.store.read(self.path)[0]
 
 
-def resume_point(config: RunConfig, own: CheckpointStore) -> ResumePoint | None:
-    """The checkpoint to go on from, if any; `own` is the run's own store.
+def resume_point(config: RunConfig, own: CheckpointStore, comm: Comm | None = None) -> ResumePoint | None:
+    """The checkpoint to go on from, if any; `own` is the run's own store, `comm` as for `store_of`.
 
     resume_training True takes the newest whole checkpoint of output_dir, else of load_checkpoint if that is a run's
     folder or file; so the same command goes on after every kill. A string names the file. Nothing there yet is no
@@ -53,23 +71,23 @@ def resume_point(config: RunConfig, own: CheckpointStore) -> ResumePoint | None:
     if not config.resume_training:
         return None
     given = Path(config.load_checkpoint) if config.load_checkpoint else None
-    others = [store_of(config, _run_folder(given))] if given is not None and given.is_dir() else []
+    others = [store_of(config, _run_folder(given), comm)] if given is not None and given.is_dir() else []
     if isinstance(config.resume_training, str):
         path = _named_checkpoint(Path(config.resume_training), [own, *others])
     else:
         path = own.latest() or next(filter(None, (source.latest() for source in others)), None)
         if path is None and given is not None and given.is_file() and "cursor" in own.read_state(given):
             path = given
-        if path is not None and path.parent != own.folder and _is_base_of(config, own.read_state(path)):
+        if path is not None and path.parent != own.first_folder and _is_base_of(config, own.read_state(path)):
             path = None
         if path is None:
-            console.warn(f"resume_training: {own.folder} holds no checkpoint yet; starting from the beginning")
+            console.warn(f"resume_training: {own.first_folder} holds no checkpoint yet; starting from the beginning")
             return None
-    tensors, state, _, _ = own.read(path)
+    state = own.read_state(path)
     if "cursor" not in state:
         raise UserError(f"{path}: weights without a run's state; give it as --load_checkpoint and do not resume")
     console.info(f"resuming from {path}, step {state['cursor']['step']}")
-    return ResumePoint(path, tensors, state)
+    return ResumePoint(path, state, own)
 
 
 def _is_base_of(config: RunConfig, state: dict[str, Any]) -> bool:
@@ -78,11 +96,11 @@ def _is_base_of(config: RunConfig, state: dict[str, Any]) -> bool:
 
 
 def _named_checkpoint(name: Path, sources: Sequence[CheckpointStore]) -> Path:
-    candidates = [name, *(source.folder / name.name for source in sources)]
+    candidates = [name, *(source.first_folder / name.name for source in sources)]
     for path in candidates:
         if path.is_file():
             return path
-    folders = ", ".join(str(source.folder) for source in sources)
+    folders = ", ".join(str(source.first_folder) for source in sources)
     raise UserError(f"--resume_training {name}: no such file, nor one of that name in {folders}")
 
 
