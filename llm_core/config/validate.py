@@ -177,6 +177,8 @@ def _need_layout(config: RunConfig, need: Any) -> None:
     if stages > 1:
         need(config.run_mode != "predict", "parallel_config.pipeline_stage", "prediction does not run in a pipeline: 1")
         need(config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor does not run in a pipeline")
+        writes = config.model.arch.type.endswith("ForCausalLM")
+        need(writes or not config.do_eval, "do_eval", "a classifier in a pipeline is not measured: set it to False")
     if layout.use_seq_parallel and layout.model_parallel > 1:
         need(config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor does not run with use_seq_parallel")
         rows = config.runner_config.batch_size * model.seq_length

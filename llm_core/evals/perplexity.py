@@ -7,7 +7,9 @@ padded batch like a full one; that figure is given beside ours, for comparison w
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,25 +57,40 @@ class Perplexity:
     """
 
     def __init__(
-        self, net: CausalLM, *, pad_token_id: int, ignore_token_id: int = IGNORED, comm: Comm | None = None
-    ) -> None:
-        """comm: with the ranks that have the other rows of every batch."""
+        self, net: CausalLM | Sequence[CausalLM], *, pad_token_id: int, ignore_token_id: int = IGNORED,
+        comm: Comm | None = None,
+    ) -> None:  # fmt: skip
+        """comm: with the ranks that have the other rows of every batch, or other layers: then `net` is this stage's
+        pieces."""
         self._pad, self._ignore, self._comm = pad_token_id, ignore_token_id, comm
+        nets = net if isinstance(net, Sequence) else [net]
+        self._pipeline, self._window = None, 1
+        if comm is not None and comm.layout.pp > 1:
+            from llm_core.parallel.pipeline import PipelineEvaluator
+
+            self._pipeline, self._window = PipelineEvaluator(nets, comm), 2 * comm.layout.pp
+            return
+        (net,) = nets
         self._token_loss = Compiled(TokenLoss(net), spec=net.spec, **net.graph_key)
 
     def measure(self, loader: Loader, desc: str = "evaluate") -> PerplexityResult:
         """One pass over `loader`, in its order of epoch 0. Raises UserError if no token at all is supervised."""
         sums: list[tuple[float, float]] = []
-        total_loss = total_tokens = 0.0
         with console.progress(loader.steps_per_epoch, desc=desc, unit="batch") as bar:
-            for batch in loader.epoch(0):
-                tokens, labels = shift(batch, self._pad, self._ignore)
-                loss, count = self._token_loss(ms.Tensor(tokens), ms.Tensor(labels))
-                sums.append((float(loss.asnumpy()), float(count.asnumpy())))
-                total_loss, total_tokens = total_loss + sums[-1][0], total_tokens + sums[-1][1]
-                bar.set_postfix_str(f"loss {total_loss / max(total_tokens, 1.0):.4f}", refresh=False)
-                bar.update(1)
+            batches = (shift(batch, self._pad, self._ignore) for batch in loader.epoch(0))
+            while window := list(itertools.islice(batches, self._window)):
+                sums += self._losses([(ms.Tensor(tokens), ms.Tensor(labels)) for tokens, labels in window])
+                loss, tokens = map(math.fsum, zip(*sums, strict=True))
+                bar.set_postfix_str(f"loss {loss / max(tokens, 1.0):.4f}", refresh=False)
+                bar.update(len(window))
         return summarize(sums if self._comm is None else _of_all_ranks(sums, self._comm))
+
+    def _losses(self, batches: list[tuple[ms.Tensor, ms.Tensor]]) -> list[tuple[float, float]]:
+        """(sum of losses, supervised tokens) of each batch."""
+        if self._pipeline is not None:
+            return self._pipeline.evaluate(batches)
+        found = [self._token_loss(tokens, labels) for tokens, labels in batches]
+        return [(float(loss.asnumpy()), float(count.asnumpy())) for loss, count in found]
 
 
 def _of_all_ranks(sums: list[tuple[float, float]], comm: Comm) -> list[tuple[float, float]]:

@@ -366,8 +366,6 @@ def save(run: Run, metric: float | None = None) -> None:
     with run.timeline.span("save", run.cursor.step):
         run.newest = run.store.save(epoch, step_in_epoch, run.snapshot(), run.state(), metric, run.trainable)
         run.saved_step, run.saved_at = run.cursor.step, time.monotonic()
-        if run.comm is not None:
-            run.comm.gate()
     # A plot takes up to a second, and a save may come every step.
     if run.metrics is not None and time.monotonic() - run.drawn_at > DRAW_SECONDS:
         _plot(run)

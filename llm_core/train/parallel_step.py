@@ -15,9 +15,11 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from llm_core import ops as core_ops
+from llm_core.models.heads import training_loss
 from llm_core.ops import dropout_key
 from llm_core.parallel.comm import Comm, Gather, ReduceScatter, Sum
 from llm_core.parallel.cuts import Cut
+from llm_core.parallel.pipeline import PipelineAccumulator
 from llm_core.runtime import Compiled
 from llm_core.train.step import StepResult, WindowLoss, scalar
 
@@ -42,14 +44,14 @@ def optimizer_targets(weights: Sequence[Parameter], cuts: Mapping[str, Cut], com
 class ParallelStepper:
     """As `step.Stepper`, of one rank among several.
 
-    weights: what learns of the net; cuts: of each by name; optimizer: of `optimizer_targets(weights, ...)`.
-    accumulation: micro-batches a window holds. pipeline: the accumulator of a pipeline's stage, None without one.
+    nets: the network, or this stage's pieces of it. weights: what learns of them; cuts: of each by name; optimizer: of
+    `optimizer_targets(weights, ...)`. accumulation: micro-batches a window holds.
     """
 
     def __init__(
-        self, token_loss: nn.Cell, weights: Sequence[Parameter], cuts: Mapping[str, Cut], optimizer: nn.Cell,
+        self, nets: Sequence[nn.Cell], weights: Sequence[Parameter], cuts: Mapping[str, Cut], optimizer: nn.Cell,
         comm: Comm, *, seed: int = 0, accumulation: int = 1, max_grad_norm: float | None = None,
-        graph_key: Mapping[str, Any] | None = None, make_pipeline: Any = None,
+        graph_key: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.comm, self.layout = comm, comm.layout
         self.seed, self.accumulation = seed, accumulation
@@ -61,11 +63,15 @@ class ParallelStepper:
         weights = ParameterTuple(weights)
         key = {**(graph_key or {}), "max_grad_norm": max_grad_norm, "accumulation": "parallel"}
         self.pipeline, self.accumulate = None, None
-        collect = CollectGradients(own, comm)
-        if make_pipeline is not None:
-            self.pipeline = make_pipeline(weights, sums, collect)
+        if self.layout.pp > 1:
+            self.pipeline = PipelineAccumulator(
+                nets, weights, sums, comm, graph_key=key,
+                collect=lambda at: CollectGradients([own[i] for i in at], comm),
+            )
         else:
-            self.accumulate = Compiled(ParallelAccumulate(token_loss, weights, sums, collect).set_train(), **key)
+            (net,) = nets
+            step = ParallelAccumulate(training_loss(net), weights, sums, CollectGradients(own, comm))
+            self.accumulate = Compiled(step.set_train(), **key)
         self.apply = Compiled(ParallelApply(weights, own, sums, optimizer, comm, max_grad_norm), **key)
         self.refresh = refresher(weights, own, optimizer.params, comm)
         self._prepared: set[tuple[int, ...]] = set()

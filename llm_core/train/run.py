@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_core.checkpoint.lock import lock_output_dir
+from llm_core.checkpoint.reshard import Share
 from llm_core.config import LoadedConfig, RunConfig
 from llm_core.data.loader import Loader
 from llm_core.data.open import open_loader
@@ -92,8 +93,8 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     spec = spec_from_config(config.model)
     samples = config.callback("SampleMonitor")
     tokenizer = load_fitting_tokenizer(loaded, spec) if samples is not None else None
-    store = store_of(config)
-    resumed = resume_point(config, store)
+    store = store_of(config, comm=comm)
+    resumed = resume_point(config, store, comm)
     loader = open_loader(config, config.train_dataset, "train", replica, layout.dp)
     eval_loader = open_loader(config, config.eval_dataset, "eval", replica, layout.dp) if config.do_eval else None
 
@@ -127,9 +128,14 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     from llm_core.train.optim import build_optimizer
 
     cuts = cut_parameters(spec, layout, adapter_shapes(spec, pet))
-    net = _build_net(config, spec, pet, adapter, resumed, _share(spec, comm, cuts))
-    apply_recompute(net, config.recompute_config)
-    parameters = net.trainable_params()
+    if comm is not None:
+        store.share = Share(layout, comm.rank, cuts)
+    nets = _build_nets(config, spec, pet, adapter, resumed, store.share, _shares(spec, comm, cuts))
+    for net in nets:
+        apply_recompute(net, config.recompute_config)
+    net = nets[0]
+    by_name = {name: parameter for each in nets for name, parameter in each.parameters_dict().items()}
+    parameters = [parameter for parameter in by_name.values() if parameter.requires_grad]
     wrapper = config.runner_wrapper
     clip = wrapper.max_grad_norm if wrapper is not None and wrapper.use_clip_grad else None
     graph_key = {"spec": spec, "optimizer": config.optimizer, "recompute": config.recompute_config, **net.graph_key}
@@ -143,7 +149,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         from llm_core.train.parallel_step import ParallelStepper, optimizer_targets
 
         optimizer = build_optimizer(config.optimizer, optimizer_targets(parameters, cuts, comm))
-        stepper = ParallelStepper(training_loss(net), parameters, cuts, optimizer, comm, **settings_of_step)
+        stepper = ParallelStepper(nets, parameters, cuts, optimizer, comm, **settings_of_step)
         console.info(f"rank {comm.rank} of {layout.world}: {layout.describe()}")
     console.info(describe_operators(spec))
     console.info(
@@ -152,7 +158,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     )
 
     # With an adapter the base does not change: its checkpoints hold the adapter and what else is trained.
-    saved = {name: p for name, p in net.parameters_dict().items() if pet is None or is_saved(name, spec, pet)}
+    saved = {name: p for name, p in by_name.items() if pet is None or is_saved(name, spec, pet)}
     every = {**saved, **{state.name: state for state in optimizer.states}}
     if resumed is not None:
         require_same_tensors(every, resumed.tensors)
@@ -180,7 +186,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         load=lambda tensors: _set_all(every, tensors, stepper),
         comm=comm,
         settings=settings,
-        adapter=None if pet is None else adapter_state(pet, config.load_checkpoint, base_fingerprint(net)),
+        adapter=None if pet is None else adapter_state(pet, config.load_checkpoint, base_fingerprint(net, store.share)),
         trainable=_saved_alone(config, parameters if pet is None else saved.values()),
         timeline=Timeline(keep=bool(config.profile)),
         **({} if comm is None else {"stop": StopTogether(comm)}),
@@ -191,7 +197,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         restore(run, resumed.tensors, resumed.state)
         run.newest = resumed.path
     if eval_loader is not None:
-        run.evaluate = _evaluator(net, eval_loader, model, comm)
+        run.evaluate = _evaluator(nets, eval_loader, model, comm)
     if samples is not None:
         run.sample = _sampler(net, spec, tokenizer, samples, config)
     run.on_step = _tensorboard(config, run) if run.metrics is not None else None
@@ -207,16 +213,23 @@ def _metrics(config: RunConfig, resumed: ResumePoint | None) -> MetricsLog:
     return MetricsLog(config.output_dir, None if resumed is None else resumed.state["cursor"]["step"])
 
 
-def _share(spec: DecoderSpec, comm: Comm | None, cuts: Mapping[str, Cut]) -> dict[str, Any]:
-    """What this rank holds of the network: arguments of `build_net`."""
+def _shares(spec: DecoderSpec, comm: Comm | None, cuts: Mapping[str, Cut]) -> list[dict[str, Any]]:
+    """What this rank holds of the network, piece by piece: arguments of `build_net`."""
     if comm is None:
-        return {}
+        return [{}]
     from llm_core.models.decoder import Piece
     from llm_core.parallel.tensor import ParallelParts
 
-    stage, last = comm.place.stage, comm.layout.pp - 1
-    piece = Piece(comm.layout.layers(spec.num_layers)[stage], first=stage == 0, last=stage == last)
-    return {"parts": ParallelParts(spec, comm, cuts), "piece": piece}
+    layout = comm.layout
+    pieces = layout.pieces(spec.num_layers)
+    own = range(comm.place.stage, len(pieces), layout.pp)
+    return [
+        {
+            "parts": ParallelParts(spec, comm, cuts),
+            "piece": Piece(tuple(pieces[i]), first=i == 0, last=i == len(pieces) - 1),
+        }
+        for i in own
+    ]
 
 
 def _intervals(config: RunConfig, steps_per_epoch: int) -> Intervals:
@@ -245,27 +258,34 @@ def _save_intervals(checkpoints: Any) -> dict[str, Any]:
     }
 
 
-def _build_net(
+def _build_nets(
     config: RunConfig, spec: DecoderSpec, pet: Any, adapter: Adapter | None, resumed: ResumePoint | None,
-    share: dict[str, Any],
-) -> nn.Cell:  # fmt: skip
-    """The network with its starting weights. A resumed run restores its own later; of an adapter's run these are the
-    adapter alone, so its base is loaded in any case."""
+    share: Share | None, shares: list[dict[str, Any]],
+) -> list[nn.Cell]:  # fmt: skip
+    """The network, or this rank's pieces of it (`shares`), with its starting weights. A resumed run restores its own
+    later; of an adapter's run these are the adapter alone, so its base is loaded in any case."""
     from llm_core.peft.adapters import load_adapter, load_base
     from llm_core.peft.apply import build_net
     from llm_core.peft.lora_linear import reset_magnitudes
 
     restored = resumed is not None and pet is None
     seed = None if config.load_checkpoint or restored else config.seed
-    net = build_net(spec, pet, seed, adapter_seed=config.seed, **share)
-    if config.load_checkpoint and not restored:
-        console.info(f"{config.load_checkpoint}: {load_base(net, config.load_checkpoint).line()}")
+    nets = [build_net(spec, pet, seed, adapter_seed=config.seed, **each) for each in shares]
+    for net in nets:
+        if config.load_checkpoint and not restored:
+            report = load_base(net, config.load_checkpoint, share, config.src_strategy_path_or_dir)
+            console.info(f"{config.load_checkpoint}: {report.line()}")
+        if adapter is not None:
+            load_adapter(net, adapter, share)
+        elif pet is not None:
+            reset_magnitudes(net)
+    if len(nets) > 1:
+        from llm_core.parallel.pipeline import share_prefix
+
+        share_prefix(nets)
     if adapter is not None:
-        load_adapter(net, adapter)
         console.info(adapter.line())
-    elif pet is not None:
-        reset_magnitudes(net)
-    return net
+    return nets
 
 
 def _saved_alone(config: RunConfig, parameters: Iterable[Any]) -> frozenset[str] | None:
@@ -294,15 +314,16 @@ def _flops_per_sample(spec: DecoderSpec, pet: Any, length: int) -> float:
     return (4.0 * weights + 2.0 * min(trainable, weights)) * length + 6.0 * spec.num_layers * spec.q_size * length**2
 
 
-def _evaluator(net: Any, loader: Loader, model: Any, comm: Comm | None) -> Callable[[], dict[str, float]]:
+def _evaluator(nets: list[Any], loader: Loader, model: Any, comm: Comm | None) -> Callable[[], dict[str, float]]:
     """Measures, says, and returns figures for the metrics file: the loss, and perplexity or accuracy and F1."""
+    net = nets[0]
     if net.spec.head != "causal":
         from llm_core.evals.classification import Classification
 
         return Classification(net, comm).evaluator(loader)
     from llm_core.evals.perplexity import Perplexity
 
-    perplexity = Perplexity(net, pad_token_id=model.pad_token_id, ignore_token_id=model.ignore_token_id, comm=comm)
+    perplexity = Perplexity(nets, pad_token_id=model.pad_token_id, ignore_token_id=model.ignore_token_id, comm=comm)
 
     def evaluate() -> dict[str, float]:
         result = perplexity.measure(loader)

@@ -1,0 +1,57 @@
+"""Every layout gives one process's losses and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layout_cases import COVERING, MATRIX, STEPS, Case, final_weights, launch, losses, write_records
+
+TOLERANCE = 1e-5  # relative, of losses and of every weight
+RESULT = Path(__file__).resolve().parents[2] / "benchmarks/results/parallel_matrix.json"
+
+
+def run_all(folder: Path, cases: list[Case]) -> dict[str, str]:
+    """Run the cases and the plain runs that they are held against; a case's name -> what is wrong, "" if nothing is."""
+    records = write_records(folder)
+    plain = list(dict.fromkeys(case.plain() for case in cases))
+    for world in sorted({case.world for case in [*plain, *cases]}):
+        mine = [case for case in [*plain, *cases] if case.world == world]
+        codes = launch(folder, world, [case.write(folder, records) for case in mine])
+        assert len(codes[0]) == len(mine)
+        failed = [case.name for i, case in enumerate(mine) if any(rank[i] for rank in codes)]
+        assert not failed, failed
+    return {case.name: difference(folder, case) for case in cases}
+
+
+def difference(folder: Path, case: Case) -> str:
+    """What is not as in the plain run."""
+    ours, plain = losses(folder, case), losses(folder, case.plain())
+    if ours.shape != plain.shape or len(ours) != STEPS:
+        return f"{len(ours)} steps, and {len(plain)}"
+    worst = np.abs(ours[:, 0] / plain[:, 0] - 1).max()
+    if worst > TOLERANCE:
+        return f"losses differ by {worst:.1e}"
+    held, wanted = final_weights(folder, case), final_weights(folder, case.plain())
+    if held.keys() != wanted.keys():
+        return f"other weights: {sorted(held.keys() ^ wanted.keys())[:3]}"
+    off = {name: np.linalg.norm(held[name] - x) / np.linalg.norm(x) for name, x in wanted.items() if x.any()}
+    name = max(off, key=off.get)
+    return f"{name} differs by {off[name]:.1e}" if off[name] > TOLERANCE else ""
+
+
+@pytest.mark.slow
+def test_a_covering_set_of_layouts_gives_one_processes_numbers(tmp_path):
+    wrong = {name: what for name, what in run_all(tmp_path, COVERING).items() if what}
+    assert not wrong
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif("RUN_MATRIX" not in os.environ, reason="half an hour: make test-matrix")
+def test_every_layout_family_and_tuning_gives_one_processes_numbers(tmp_path):
+    found = run_all(tmp_path, MATRIX)
+    RESULT.write_text(json.dumps({name: what or "equal" for name, what in sorted(found.items())}, indent=1) + "\n")
+    assert not any(found.values())
