@@ -7,12 +7,10 @@ against.
 
 from __future__ import annotations
 
-from typing import Any
-
 from llm_core.config import LoadedConfig
 from llm_core.errors import UserError
 from llm_core.models.spec import spec_from_config
-from llm_core.parallel.layout import Layout
+from llm_core.parallel.layout import Layout, layout_from_config
 from llm_core.peft.apply import describe_parameters
 from llm_core.plan import text
 from llm_core.plan.job import job_of, steps_of
@@ -58,31 +56,13 @@ def estimate(loaded: LoadedConfig, device: str | None = None) -> Estimate:
 
 
 def _planner(loaded: LoadedConfig, device: str | None) -> tuple[Planner, Layout]:
-    layout = _layout(loaded.config)
+    layout = layout_from_config(loaded.config)
     return Planner(job_of(loaded, device, layout.dp, layout.micro_batches)), layout
 
 
 def _whole(planner: Planner, found: Estimate) -> Estimate:
     """With every pipeline stage."""
     return planner.estimate(found.layout, found.job.rows)
-
-
-def _layout(config: Any) -> Layout:
-    """The layout that a run file describes, also where use_parallel False leaves it unused."""
-    if not config.use_parallel:
-        return Layout()
-    asked, context = config.parallel_config, config.parallel
-    sharded = context.parallel_optimizer_config
-    return Layout(
-        dp=asked.data_parallel,
-        tp=asked.model_parallel,
-        pp=asked.pipeline_stage,
-        zero=int(context.enable_parallel_optimizer) if asked.data_parallel > 1 else 0,
-        zero_threshold=1024 * (64 if sharded is None else sharded.parallel_optimizer_threshold),
-        micro_batches=asked.micro_batch_num if asked.pipeline_stage > 1 else 1,
-        sequence_parallel=asked.use_seq_parallel and asked.model_parallel > 1,
-        whole_embedding=asked.vocab_emb_dp,
-    )
 
 
 def _require_positive(devices: int) -> None:

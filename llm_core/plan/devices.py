@@ -43,7 +43,7 @@ _NVIDIA = "NVIDIA's data sheets, without sparsity, one direction of NVLink"
 
 # efficiency: 910B is set so that upstream's figure for Llama2-7B comes out (docs/plan.md), 910A is taken to be the
 # same; A100 from PaddleNLP's and InternLM's published 7B steps (52 and 62 % of the peak), H100 and H200 from
-# Megatron-LM's published 45 to 50 %; cpu from benchmarks/results/train_step.json.
+# Megatron-LM's published 41 to 48 %; cpu from benchmarks/results/train_step.json.
 TABLE = (
     Device("910A", 256e12, 64e12, 32 * GIB, 1.2e12, 90e9, 12.5e9, 3e-5, 8, 0.55, 400 << 20, _ASCEND),
     Device("910B", 313e12, 78e12, 64 * GIB, 1.6e12, 196e9, 25e9, 3e-5, 8, 0.58, 400 << 20, _ASCEND),

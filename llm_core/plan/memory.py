@@ -18,9 +18,16 @@ MIB = 2**20
 FLOAT, HALF = 4, 2
 
 # What a process of a run holds on a CPU beside its numbers: the graphs that MindSpore has compiled, its pool's waste,
-# matplotlib. In MiB, and by measurement (docs/plan.md): a fixed part; for each layer; for each parameter, an adapter's
-# and others'; for a second graph where gradients are accumulated.
-PROGRAM, PROGRAM_LAYER, PROGRAM_TENSOR, PROGRAM_ADAPTER, PROGRAM_WINDOW = 100, 10.75, 0.6, 1.6, 17
+# matplotlib. In MiB and by measurement (docs/plan.md): a fixed part; for each layer; for each parameter, an adapter's
+# and others'.
+PROGRAM, PROGRAM_LAYER, PROGRAM_TENSOR, PROGRAM_ADAPTER = 100, 10.75, 0.6, 1.6
+# The second graph, where gradients are accumulated: a share of the sums. Among several ranks it exchanges them: a fixed
+# part, one for each parameter that learns, a multiple of the sums, and one for each that ZeRO 1 scatters and gathers.
+WINDOW_SUMS = 0.87
+RANKS, RANKS_TENSOR, RANKS_SUMS, RANKS_ROWS = 67, 0.2, 1.58, 1.25
+# ZeRO 3 gathers within the first graph, which MindSpore then holds more of than of anything else: for each parameter
+# that is cut, and ten times their whole size.
+GATHERED_TENSOR, GATHERED_SIZE = 8.2, 10
 
 
 class Memory(NamedTuple):
@@ -46,15 +53,18 @@ def memory_of_stage(job: Job, layout: Layout, held: Slices, stage: int, layers: 
     """Of a rank of this pipeline stage; `layers` are those of every stage."""
     mine, first, last = layers[stage], stage == 0, stage == layout.pp - 1
     owned = held.of_stage(mine, first, last)
+    activations = _activations(job, layout, stage, len(mine))
+    logits = _logits(job, layout, held) if last else 0.0
     weights = owned.share(owned.weights, owned.weights_cut, layout.dp, layout.zero >= 3)
+    if layout.zero in (1, 2):
+        weights += owned.learning_cut // layout.dp  # a copy of the rows that this rank updates
     state = owned.share(owned.state, owned.state_cut, layout.dp, layout.zero >= 1)
-    gradients = _gradients(layout, owned, micro_batches(job, layout))
     return Memory(
         weights=FLOAT * weights,
-        gradients=FLOAT * gradients,
+        gradients=_gradients(job, layout, owned, activations + logits),
         state=FLOAT * state,
-        activations=_activations(job, layout, stage, len(mine)),
-        logits=_logits(job, layout, held) if last else 0.0,
+        activations=activations,
+        logits=logits,
         buffers=_buffers(job, layout, owned, len(mine)),
     )
 
@@ -64,10 +74,20 @@ def micro_batches(job: Job, layout: Layout) -> int:
     return job.records // (job.rows * layout.dp)
 
 
-def _gradients(layout: Layout, owned: Held, window: int) -> int:
-    """Values of gradients: those of one micro-batch, and the sums where there are several."""
-    summed = owned.share(owned.learning, owned.learning_cut, layout.dp, layout.zero >= 2)
-    return owned.learning + summed if window > 1 else owned.learning
+def _gradients(job: Job, layout: Layout, owned: Held, activations: float) -> float:
+    """Bytes of gradients: those of one micro-batch, and the sums where there are several, or several ranks.
+
+    Ranks exchange the sums when the activations are gone: what comes of that is new, and counts where it is more than
+    the activations and the gradients of a micro-batch.
+    """
+    own = FLOAT * owned.share(owned.learning, owned.learning_cut, layout.dp, layout.zero >= 3)
+    if layout.world == 1 and micro_batches(job, layout) == 1:
+        return own
+    sums = FLOAT * owned.share(owned.learning, owned.learning_cut, layout.dp, layout.zero >= 2)
+    if layout.world == 1:
+        return own + sums
+    exchanged = FLOAT * owned.share(owned.learning, owned.learning_cut, layout.dp, layout.zero >= 1)
+    return sums + max(own, exchanged - activations)
 
 
 # ---- activations ----
@@ -194,16 +214,22 @@ def _logits(job: Job, layout: Layout, held: Slices) -> float:
 def _buffers(job: Job, layout: Layout, owned: Held, layers: int) -> float:
     """What is no number of the model: 16-bit copies of weights, groups' buffers, parameters that ZeRO has gathered; on
     a CPU MindSpore's graphs."""
-    gathered = FLOAT * 2 * owned.largest if layout.zero >= 3 else 0.0
+    gathered = FLOAT * 2 * owned.largest if layout.zero == 3 else 0.0
     groups = (layout.dp > 1) + (layout.tp > 1) + (layout.pp > 1)
     if not job.device.is_cpu:
         copies = HALF * owned.products if job.narrow else 0.0
         return copies + gathered + groups * job.device.communicator
     program = PROGRAM + PROGRAM_LAYER * layers
     program += PROGRAM_TENSOR * (owned.tensors - owned.adapters) + PROGRAM_ADAPTER * owned.adapters
-    if micro_batches(job, layout) > 1:
-        program += PROGRAM_WINDOW
-    return MIB * program + gathered
+    sums = FLOAT / MIB * owned.share(owned.learning, owned.learning_cut, layout.dp, layout.zero >= 2)
+    if layout.world > 1:
+        program += RANKS + RANKS_TENSOR * owned.learning_tensors + RANKS_SUMS * sums
+        program += RANKS_ROWS * owned.learning_cut_tensors * (layout.zero == 1)
+        if layout.zero == 3:
+            program += GATHERED_TENSOR * owned.cut_tensors + GATHERED_SIZE * FLOAT / MIB * owned.weights_cut
+    elif micro_batches(job, layout) > 1:
+        program += WINDOW_SUMS * sums
+    return MIB * program
 
 
 def ranks_of(layout: Layout, stage: int) -> range:

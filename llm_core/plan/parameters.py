@@ -50,7 +50,8 @@ class Held(NamedTuple):
     """Values on one rank: each count, and beside it how much of that ZeRO may cut over dp.
 
     products: of matrices that tokens are multiplied with; of these `learning_products` have a gradient. largest: values
-    of the largest tensor. tensors: how many there are, adapters: how many of these are an adapter's.
+    of the largest tensor. tensors: how many there are, adapters, cut_tensors,
+    learning_tensors, learning_cut_tensors: how many of these are an adapter's, may be cut, learn, or both.
     """
 
     weights: int = 0
@@ -64,6 +65,9 @@ class Held(NamedTuple):
     largest: int = 0
     tensors: int = 0
     adapters: int = 0
+    cut_tensors: int = 0
+    learning_tensors: int = 0
+    learning_cut_tensors: int = 0
 
     def plus(self, other: Held, times: int = 1) -> Held:
         """With so many of the other beside it."""
@@ -170,7 +174,7 @@ def _held(found: Iterable[tuple[str, Cut, bool]], layout: Layout, optimizer: Any
         product = size if len(shape) == 2 and name != EMBEDDING else 0
         held = held.plus(Held(
             size, cuts * size, learns * size, learns * cuts * size, state, cuts * state, product, learns * product,
-            size, 1, is_adapter_name(name) * 1,
+            size, 1, is_adapter_name(name) * 1, cuts * 1, learns * 1, learns * cuts * 1,
         ))  # fmt: skip
     return held
 

@@ -135,7 +135,7 @@ class Planner:
                 continue
             base = replace(
                 like, dp=dp, tp=tp, pp=pp, zero=0, chunks=1, offset=(),
-                sequence_parallel=like.sequence_parallel and tp > 1,
+                sequence_parallel=like.sequence_parallel and tp > 1, whole_embedding=like.whole_embedding and pp == 1,
             )  # fmt: skip
             for rows in _powers(self.job.records // dp, max(self.job.rows, 16)):
                 for zero in range(4 if dp > 1 else 1):

@@ -25,8 +25,9 @@ def main(run_file: str, *settings: str) -> None:
     runtime.start(loaded.config)
     from llm_core.data import records  # noqa: F401
     from llm_core.models import heads, recompute  # noqa: F401
+    from llm_core.parallel import tensor  # noqa: F401
     from llm_core.peft import adapters, apply  # noqa: F401
-    from llm_core.train import optim, run, step  # noqa: F401
+    from llm_core.train import optim, parallel_step, run, step  # noqa: F401
 
     imported = _resident()
     assert run.train(loaded) == 0

@@ -11,13 +11,15 @@ from llm_core.parallel.layout import Layout
 from llm_core.plan import estimate
 from llm_core.plan.devices import device_named
 from llm_core.plan.job import Job, job_of
-from llm_core.plan.memory import MIB, layer_bytes
+from llm_core.plan.memory import layer_bytes
 from llm_core.plan.search import Planner
 
 # The demo's Llama: 4 layers, 256 wide, 8 heads over 4, feed-forward 688, 4096 pieces.
 LAYER = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688 + 2 * 256
 TABLE = 4096 * 256
 DEMO = 4 * LAYER + 2 * TABLE + 256
+NORMS = 9 * 256
+CUT = DEMO - NORMS  # what ZeRO cuts: matrices
 ALL = Layout(zero_threshold=0)
 
 
@@ -32,18 +34,23 @@ def test_one_process_holds_everything():
     assert memory.logits == 0  # a few rows at a time
 
 
-@pytest.mark.parametrize(("zero", "weights", "sums", "state"), [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)])
-def test_zero_with_four_ranks_leaves_a_quarter(zero: int, weights: int, sums: int, state: int):
+@pytest.mark.parametrize(
+    ("zero", "weights", "gradients", "state"),
+    [(0, 1, 2, 1), (1, 1 + 1 / 4, 2, 1 / 4), (2, 1 + 1 / 4, 1 + 1 / 4, 1 / 4), (3, 1 / 4, 2 / 4, 1 / 4)],
+)
+def test_zero_with_four_ranks_leaves_a_quarter(zero: int, weights: float, gradients: float, state: float):
+    """Stages 1 and 2 keep a copy of the rows that they update; gradients are those of a micro-batch, and the sums."""
     found = Planner(demo_job()).estimate(replace(ALL, dp=4, zero=zero)).fullest
-    assert found.weights == 4 * DEMO // weights
-    assert found.gradients == 4 * (DEMO + DEMO // sums)  # of one micro-batch, and the sums of eight
-    assert found.state == 8 * DEMO // state
+    assert found.weights == 4 * (CUT * weights + NORMS)
+    assert found.gradients == 4 * (CUT * gradients + 2 * NORMS)
+    assert found.state == 8 * (CUT * state + NORMS)
 
 
 def test_small_tensors_stay_whole_under_zero():
-    found = Planner(demo_job()).estimate(Layout(dp=4, zero=3)).fullest  # threshold 64 KB: the norms are 1 KB
-    norms = 9 * 256
-    assert found.weights == 4 * (norms + (DEMO - norms) // 4)
+    threshold = 4 * 256 * 256  # wk and wv have half of that
+    found = Planner(demo_job()).estimate(Layout(dp=4, zero=3, zero_threshold=threshold)).fullest
+    whole = NORMS + 4 * 2 * 128 * 256
+    assert found.weights == 4 * (whole + (DEMO - whole) // 4)
 
 
 def test_tensor_parallelism_halves_the_layers_and_the_head():
@@ -79,9 +86,10 @@ def test_70b_by_two_by_four_by_eight():
     found = estimate(load_config("pretrain_llama2_70b"))
     layer = (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672) // 4 + 2 * 8192
     first = found.memory[0]
-    assert first.weights == 4 * (10 * layer + 32000 * 8192 // 4)  # vocab_emb_dp False
-    assert found.memory[3].weights == 4 * 10 * layer
+    table = 32000 * 8192 // 4  # vocab_emb_dp False
+    assert first.weights == 4 * (10 * layer + table + (10 * layer - 20 * 8192 + table) // 2)  # a copy of its rows
     norms = 20 * 8192
+    assert found.memory[3].weights == 4 * (10 * layer + (10 * layer - norms) // 2)
     assert found.memory[3].state == 8 * (norms + (10 * layer - norms) // 2)  # ZeRO 1 over dp 2; norms are 32 KB
 
 
@@ -150,8 +158,8 @@ def test_traffic_over_four_data_parallel_ranks(device: str, zero: int, gradients
     32 records on 4 ranks are 8 micro-batches of a row, which matters where the sums are cut.
     """
     sent = Planner(demo_job(device=device)).estimate(replace(ALL, dp=4, zero=zero)).traffic[0]
-    assert sent.gradients == pytest.approx(4 * DEMO * gradients)
-    assert sent.gathers == pytest.approx(4 * DEMO * gathers)
+    assert sent.gradients == pytest.approx(4 * (CUT * gradients + NORMS * 2 * 3 / 4))
+    assert sent.gathers == pytest.approx(4 * CUT * gathers)
     assert (sent.tensors, sent.stages) == (0, 0)
 
 
@@ -214,5 +222,5 @@ def test_accumulating_adds_the_sums_and_a_graph():
     once = Planner(demo_job(device="cpu", rows=8, records=8)).estimate(Layout()).fullest
     twice = Planner(demo_job(device="cpu", rows=8, records=16)).estimate(Layout()).fullest
     assert twice.gradients == 2 * once.gradients
-    assert twice.buffers - once.buffers == 17 * MIB
+    assert twice.buffers - once.buffers == pytest.approx(0.87 * 4 * DEMO)
     assert twice.activations == once.activations
