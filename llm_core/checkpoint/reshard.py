@@ -10,8 +10,8 @@ A tensor without a place is whole. Nothing but a tensor (or part) at a time is i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from llm_core.checkpoint.dtypes import Head
 from llm_core.checkpoint.files import TensorFile, open_tensor_file
 from llm_core.checkpoint.manifest import Version, read_manifest, verified_version
-from llm_core.checkpoint.strategy import Box, Strategy, TensorLayout, layout_of, write_strategy
+from llm_core.checkpoint.strategy import Box, Strategy, layout_of, write_strategy
 from llm_core.errors import UserError
 from llm_core.parallel.cuts import Cut
 from llm_core.parallel.layout import Layout
@@ -52,17 +52,25 @@ class Share:
     def box(self, name: str, whole: Sequence[int] | None = None) -> Box | None:
         """Where what this rank holds of the tensor `name` lies in the whole; None where it holds nothing of it.
 
-        whole: shape of the whole, as it was found. A tensor that is neither a parameter nor its state is whole on every
-        rank. UserError where the model's has another shape.
+        whole: shape of the whole, as it was found; default the parameter's. State of a parameter that is not cut may
+        have any (Adafactor's). A tensor that is neither a parameter nor its state is whole on every rank. UserError
+        where the model's has another shape.
         """
         cut, stage = self._cut(name)
         if cut is None:
             return full(whole or ())
-        if whole is not None and tuple(whole) != cut.shape:
-            raise UserError(f"{name} is {list(whole)} in the file and {list(cut.shape)} in this model")
-        place = self.layout.place(self.rank)
-        if place.stage not in cut.stages:
+        found = cut.shape if whole is None else tuple(whole)
+        if self.layout.place(self.rank).stage not in cut.stages:
             return None
+        box = self._part(cut, stage)
+        if stage == _STATE and box == full(cut.shape):
+            return full(found)
+        if found != cut.shape:
+            raise UserError(f"{name} is {list(found)} in the file and {list(cut.shape)} in this model")
+        return box
+
+    def _part(self, cut: Cut, stage: int) -> Box:
+        place = self.layout.place(self.rank)
         box = list(full(cut.shape))
         for axis, part in enumerate(cut.index(self.layout, place)):
             box[axis] = slice(*part.indices(cut.shape[axis])[:2])
@@ -81,25 +89,29 @@ class Share:
         the shape that this rank holds."""
         places = {}
         for name, head in tensors.items():
-            whole = self.whole(name)
-            box = self.box(name, whole)
-            if whole is None:
+            cut, stage = self._cut(name)
+            if cut is None:
+                continue
+            box = self.box(name)
+            if stage == _STATE and box == full(cut.shape):
                 continue
             if box is None or head.shape != extent(box):
-                raise ValueError(f"{name} {head.shape} on rank {self.rank} should be {box and extent(box)} of {whole}")
-            places[name] = (whole, box)
+                due = box and extent(box)
+                raise ValueError(f"{name} {head.shape} on rank {self.rank}: due is {due} of {cut.shape}")
+            places[name] = (cut.shape, box)
         return shards_entry(self.rank, self.layout.world, file, save, places) | {"layout": asdict(self.layout)}
 
-    def strategies(self, names: Iterable[str]) -> dict[str, TensorLayout]:
-        """How the ranks share each of these tensors; without those that are whole on every rank of all stages."""
-        found = {name: self._cut(name) for name in names}
-        return {name: layout_of(cut, self.layout, stage) for name, (cut, stage) in found.items() if cut is not None}
-
-    def save_strategy(self, output_dir: str | Path, names: Iterable[str]) -> Path:
-        """Write this rank's strategy file, MindFormers' output_dir/strategy/ckpt_strategy_rank_N.ckpt. names: of the
-        tensors that it saves."""
+    def save_strategy(self, output_dir: str | Path, shapes: Mapping[str, Sequence[int]]) -> Path:
+        """Write this rank's strategy file, MindFormers' output_dir/strategy/ckpt_strategy_rank_N.ckpt. shapes: of the
+        tensors that it saves, by name."""
+        layouts = {}
+        for name, shape in shapes.items():
+            cut, stage = self._cut(name)
+            if cut is not None:
+                layout = layout_of(cut, self.layout, stage)
+                layouts[name] = layout if any(layout.axes) else replace(layout, axes=((),) * len(shape))
         path = Path(output_dir) / "strategy" / f"ckpt_strategy_rank_{self.rank}.ckpt"
-        write_strategy(path, self.strategies(names), self.layout.place(self.rank).stage)
+        write_strategy(path, layouts, self.layout.place(self.rank).stage)
         return path
 
     def _cut(self, name: str) -> tuple[Cut | None, int]:

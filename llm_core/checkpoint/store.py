@@ -151,7 +151,7 @@ class CheckpointStore:
                 self._write(self._trainable_folder / name, some, version, agreed.save)
             self._write(path, tensors, version, agreed.save)
             if self._ranks > 1 and not self._said_layout:
-                self.share.save_strategy(self._output_dir, tensors)
+                self.share.save_strategy(self._output_dir, {key: array.shape for key, array in tensors.items()})
                 self._said_layout = True
 
         self._on_all_ranks(write)

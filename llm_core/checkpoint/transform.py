@@ -71,7 +71,7 @@ def transform(
             version = replace(begun, state={**begun.state, SHARDS: shards})
         paths.append(_write(Path(folder) / f"rank_{rank}" / f"{prefix}{rank}{suffix}", source, boxes, version))
         if isinstance(target, LayoutTarget):
-            target.shares[rank].save_strategy(folder, boxes)
+            target.shares[rank].save_strategy(folder, {name: extent(box) for name, box in boxes.items()})
     return paths
 
 

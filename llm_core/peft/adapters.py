@@ -285,7 +285,8 @@ def load_adapter(
 ) -> None:
     """Set the parameters of `net`, which was built with `adapter.pet`, from the adapter's values.
 
-    share: of what the net, a rank's, holds. base: the fingerprint of the base in `net` (default: taken from the net).
+    share: of what the rank holds whose net, or piece of one, this is. base: the fingerprint of the base in `net`
+    (default: taken from the net).
     Raises UserError, before a value is set, when the base in `net` is another one than the adapter was trained on.
     """
     import mindspore
@@ -295,7 +296,7 @@ def load_adapter(
     parameters = net.parameters_dict()
     for name, tensor in adapter.tensors.items():
         box = (...,) if share is None else share.box(name, tensor.shape)
-        if box is not None:
+        if box is not None and (share is None or name in parameters):
             parameter = parameters[name]
             parameter.set_data(mindspore.Tensor(np.ascontiguousarray(tensor[box]), dtype=parameter.dtype))
 

@@ -64,7 +64,8 @@ def parts(tensors, share):
         if cut is None:
             held[name] = array
         elif place.stage in cut.stages:
-            held[name] = cut.take(array, share.layout, place, 3 if name in share.cuts else 1)
+            same = array.shape == cut.shape  # Adafactor's state has another shape, of parameters that are not cut
+            held[name] = cut.take(array, share.layout, place, 3 if name in share.cuts else 1) if same else array
     return held
 
 

@@ -9,7 +9,7 @@ from checkpoint_samples import assert_same
 from layout_samples import LAYOUTS, SPECS, Memory, adapter, parts, shares, whole_tensors
 
 from llm_core.checkpoint.dtypes import head_of
-from llm_core.checkpoint.files import write_tensors
+from llm_core.checkpoint.files import read_heads, write_tensors
 from llm_core.checkpoint.manifest import Version, commit_with_manifest
 from llm_core.checkpoint.reshard import SHARDS, RankFiles, extent, full
 from llm_core.checkpoint.staged import StagedFile
@@ -99,8 +99,25 @@ def test_a_missing_damaged_or_foreign_rank_is_named(tmp_path):
 def test_a_part_that_has_not_the_shape_of_its_rank_is_not_saved():
     share = shares(SPECS["llama"], LAYOUTS["tp2"])[1]
     name = "model.layers.0.attention.wq.weight"
-    with pytest.raises(ValueError, match=f"{name} .* on rank 1 should be"):
+    with pytest.raises(ValueError, match=f"{name} .* on rank 1: "):
         share.shards("f", "s", {name: head_of(np.zeros((16, 16), np.float32))})
+
+
+def test_state_of_another_shape_goes_along_where_its_parameter_is_whole(tmp_path):
+    """Adafactor's sums over rows and columns, which dp and pp leave whole."""
+    spec, weight = SPECS["llama"], "model.layers.3.attention.wq.weight"
+    tensors = whole_tensors(spec) | {f"adam_row.{weight}": np.arange(16, dtype=np.float32)}
+    save_ranks(tmp_path, spec, LAYOUTS["dp2_pp2"], tensors)
+    assert_same(read_weights(tmp_path), tensors)
+    weights = open_weights(tmp_path)
+    transform(weights, LayoutTarget(shares(spec, LAYOUTS["pp4"])), tmp_path / "b")
+    with pytest.raises(UserError, match=r"adam_row.* is \[16\] in the file"):
+        transform(weights, LayoutTarget(shares(spec, LAYOUTS["tp2"])), tmp_path / "c")
+    weights.close()
+    assert_same(read_weights(tmp_path / "b"), tensors)
+    assert f"adam_row.{weight}" in read_heads(tmp_path / "b" / "rank_3" / "checkpoint_3.ckpt")
+    strategy = read_strategy(tmp_path / "b" / "strategy")
+    assert strategy.whole(f"adam_row.{weight}", (16,)) == (16,)
 
 
 def test_another_model_is_refused(tmp_path):
@@ -148,7 +165,7 @@ def test_strategy_files_say_what_the_cuts_say(tmp_path, family, layout):
     names = list(whole_tensors(spec))
     for share in shares(spec, layout):
         stage = layout.place(share.rank).stage
-        held = [name for name in names if share.box(name, share.whole(name)) is not None]
+        held = {name: share.whole(name) or () for name in names if share.box(name, share.whole(name)) is not None}
         path = share.save_strategy(tmp_path, held)
         assert path == tmp_path / f"strategy/ckpt_strategy_rank_{share.rank}.ckpt"
         assert stage in range(layout.pp)

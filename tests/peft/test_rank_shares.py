@@ -25,11 +25,11 @@ BASE = {name: a for name, a in TENSORS.items() if "mindpet_delta" not in name}
 class Held(nn.Cell):
     """The parameters of a rank, all zero; the base's are frozen."""
 
-    def __init__(self, share):
+    def __init__(self, share, only=""):
         super().__init__(auto_prefix=False)
         self.held = ms.ParameterTuple(
             [ms.Parameter(ms.Tensor(np.zeros_like(array)), name=name, requires_grad="mindpet_delta" in name)
-             for name, array in parts(TENSORS, share).items()]
+             for name, array in parts(TENSORS, share).items() if name.startswith(only)]
         )  # fmt: skip
 
     def values(self):
@@ -58,6 +58,19 @@ def test_a_rank_loads_its_part_of_base_and_adapter(tmp_path, layout):
     alone = Held(shares(SPEC, LAYOUTS["one"])[0])
     load_base(alone, str(tmp_path / "base.safetensors"))
     assert prints == base_fingerprint(alone)
+
+
+def test_each_piece_of_a_rank_takes_its_own():
+    """Interleaved stages: a rank has several networks."""
+    share = shares(SPEC, LAYOUTS["tp2_pp2"])[3]
+    made = Adapter(Path("a"), None, {name: TENSORS[name] for name in adapter(SPEC)})
+    net = Held(share, only="model.layers.3.")
+    load_adapter(net, made, share)
+    held = parts(TENSORS, share)
+    loaded = {name: value for name, value in net.values().items() if "mindpet_delta" in name}
+    assert len(loaded) == 6
+    for name, value in loaded.items():
+        np.testing.assert_array_equal(value, held[name], err_msg=name)
 
 
 def test_another_model_is_refused_by_its_whole_shapes():

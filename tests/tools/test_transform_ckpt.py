@@ -101,7 +101,7 @@ def test_by_strategy_files_of_files_without_manifests(tmp_path, transform):
             held = parts(tensors, share)
             (folder / f"rank_{share.rank}").mkdir(parents=True)
             write(folder / f"rank_{share.rank}" / "mf.ckpt", held)
-            share.save_strategy(folder, held)
+            share.save_strategy(folder, {key: array.shape for key, array in held.items()})
     code, said = transform("--src_ckpt_dir", tmp_path / "a", "--dst_ckpt_dir", tmp_path / "c")
     assert code == 2 and "--src_ckpt_strategy" in said
     code, said = transform(
