@@ -141,7 +141,7 @@ class CkptFile:
         self._file.seek(0)
         crc, left = 0, self._end
         while left:
-            block = self._file.read(min(left, 1 << 24))
+            block = self._file.read(min(left, 1 << 20))
             crc = zlib.crc32(block, crc)
             left -= len(block)
         if crc != self._crc:
