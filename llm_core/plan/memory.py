@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llm_core.parallel.cuts import vocabulary_is_cut
 from llm_core.parallel.layout import Layout
+from llm_core.parallel.schedule import warm_up
 from llm_core.plan.job import Job
 from llm_core.plan.parameters import Held, Slices
 
@@ -22,9 +23,10 @@ FLOAT, HALF = 4, 2
 # and others'.
 PROGRAM, PROGRAM_LAYER, PROGRAM_TENSOR, PROGRAM_ADAPTER = 100, 10.75, 0.6, 1.6
 # The second graph, where gradients are accumulated: a share of the sums. Among several ranks it exchanges them: a fixed
-# part, one for each parameter that learns, a multiple of the sums, and one for each that ZeRO 1 scatters and gathers.
+# part (less in a pipeline, whose graphs are smaller), one for each parameter that learns, a multiple of the sums, and
+# one for each parameter that ZeRO 1 scatters and gathers.
 WINDOW_SUMS = 0.87
-RANKS, RANKS_TENSOR, RANKS_SUMS, RANKS_ROWS = 67, 0.2, 1.58, 1.25
+RANKS, STAGES, RANKS_TENSOR, RANKS_SUMS, RANKS_ROWS = 67, 35, 0.2, 1.58, 1.25
 # ZeRO 3 gathers within the first graph, which MindSpore then holds more of than of anything else: for each parameter
 # that is cut, and ten times their whole size.
 GATHERED_TENSOR, GATHERED_SIZE = 8.2, 10
@@ -96,8 +98,8 @@ def _gradients(job: Job, layout: Layout, owned: Held, activations: float) -> flo
 def _activations(job: Job, layout: Layout, stage: int, layers: int) -> float:
     """Bytes kept for the backward pass of a micro-batch, and what the other micro-batches under way have left.
 
-    In a pipeline a stage keeps the inputs of the micro-batches under way, and computes the rest again (1F1B: at most
-    as many as there are stages from here on).
+    A pipeline's backward pass repeats the forward of one piece of the model at a time; of the others under way only
+    their inputs are kept.
     """
     tokens = job.rows * job.length
     width = job.spec.hidden_size / (layout.tp if layout.sequence_parallel else 1)
@@ -108,15 +110,23 @@ def _activations(job: Job, layout: Layout, stage: int, layers: int) -> float:
         kept -= layers * _selected_bytes(job, layout)
     working = _working_bytes(job, layout) + (whole if again else 0)
     ends = FLOAT * 3 * width  # the last norm's input and output, and the gradient of that
-    waiting = 0.0
-    if layout.pp > 1:
-        waiting = FLOAT * width * in_flight(layout, stage, micro_batches(job, layout)) * layout.chunks
-    return tokens * (kept + working + ends + waiting)
+    inputs = FLOAT * width * waiting(layout, stage, micro_batches(job, layout))
+    return tokens * (kept / layout.chunks + working + ends + inputs)
 
 
-def in_flight(layout: Layout, stage: int, window: int) -> int:
-    """Micro-batches that are under way in a stage at one time."""
-    return min(layout.pp - stage, window)
+def waiting(layout: Layout, stage: int, window: int) -> int:
+    """Inputs that a stage keeps at one time: of each piece and micro-batch under way, except where they are tokens."""
+    if layout.pp == 1:
+        return 0
+    under_way = min(warm_up(layout.pp, stage, window, layout.chunks) + 1, window * layout.chunks)
+    return under_way * (layout.chunks - 1) // layout.chunks if stage == 0 else under_way
+
+
+def repeats(job: Job, layout: Layout, last: bool) -> float:
+    """How often the forward pass of a stage's layers is computed again: by a pipeline for all but the model's last
+    piece, and by recompute_config, except on a CPU."""
+    by_pipeline = 0.0 if layout.pp == 1 else 1 - last / layout.chunks
+    return by_pipeline + (bool(job.recompute) and not job.device.is_cpu)
 
 
 def layer_bytes(job: Job, layout: Layout) -> float:
@@ -196,19 +206,19 @@ def _working_bytes(job: Job, layout: Layout) -> float:
 def _logits(job: Job, layout: Layout, held: Slices) -> float:
     """The logits of a micro-batch and what the loss makes of them.
 
-    On a CPU the loss takes the head's matrix and makes few rows at a time, unless the vocabulary is cut or an adapter
-    sits on the head; then its gradient is written over the logits. Elsewhere logits, log probabilities and gradient are
-    there at the same time.
+    On a CPU the loss takes the head's matrix and makes few rows at a time, unless an adapter sits on the head; then its
+    gradient is written over the logits. Elsewhere logits, log probabilities and gradient are there at the same time;
+    with a cut vocabulary, anywhere, what the framework needs to differentiate a loss of several operators.
     """
     spec = job.spec
     rows = job.rows * job.length
     if spec.head != "causal":
         return FLOAT * 3 * rows * spec.num_labels
-    width = spec.vocab_size / (layout.tp if vocabulary_is_cut(spec, layout) else 1)
+    if vocabulary_is_cut(spec, layout):
+        return FLOAT * 6 * rows * spec.vocab_size / layout.tp
     if not job.device.is_cpu:
-        return FLOAT * 3 * rows * width
-    whole_head = layout.tp == 1 and held.ending.tensors <= 3
-    return 0.0 if whole_head else FLOAT * rows * width
+        return FLOAT * 3 * rows * spec.vocab_size
+    return FLOAT * rows * spec.vocab_size * (held.ending.adapters > 0)
 
 
 def _buffers(job: Job, layout: Layout, owned: Held, layers: int) -> float:
@@ -223,7 +233,7 @@ def _buffers(job: Job, layout: Layout, owned: Held, layers: int) -> float:
     program += PROGRAM_TENSOR * (owned.tensors - owned.adapters) + PROGRAM_ADAPTER * owned.adapters
     sums = FLOAT / MIB * owned.share(owned.learning, owned.learning_cut, layout.dp, layout.zero >= 2)
     if layout.world > 1:
-        program += RANKS + RANKS_TENSOR * owned.learning_tensors + RANKS_SUMS * sums
+        program += (RANKS if layout.pp == 1 else STAGES) + RANKS_TENSOR * owned.learning_tensors + RANKS_SUMS * sums
         program += RANKS_ROWS * owned.learning_cut_tensors * (layout.zero == 1)
         if layout.zero == 3:
             program += GATHERED_TENSOR * owned.cut_tensors + GATHERED_SIZE * FLOAT / MIB * owned.weights_cut

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from llm_core.parallel.layout import Layout
 from llm_core.plan.job import Job
-from llm_core.plan.memory import FLOAT, micro_batches
+from llm_core.plan.memory import FLOAT, micro_batches, repeats
 from llm_core.plan.parameters import Held, Slices
 from llm_core.plan.traffic import Traffic
 
@@ -53,9 +54,10 @@ def flops(job: Job, layout: Layout, held: Slices, stage: int, layers: tuple[tupl
 
 
 def _again(job: Job, layout: Layout, stage: int, inside: Held, attention: float, layers: int) -> float:
-    """What is computed a second time: in a pipeline every layer, since a stage keeps its inputs alone."""
-    again = layers if layout.pp > 1 else job.recomputed(stage, layers)
-    return (2.0 * inside.products + attention) * again / layers
+    """What is computed once more: by the pipeline, and by recompute_config, for as many layers as it names."""
+    by_pipeline = repeats(replace(job, recompute=False), layout, stage == layout.pp - 1)
+    named = 0 if job.device.is_cpu else job.recomputed(stage, layers) / layers
+    return (2.0 * inside.products + attention) * (by_pipeline + named)
 
 
 def model_flops(job: Job, layout: Layout, held: Slices, layers: tuple[tuple[int, ...], ...]) -> float:

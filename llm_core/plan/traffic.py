@@ -11,7 +11,7 @@ from typing import NamedTuple
 from llm_core.parallel.cuts import embedding_is_cut, vocabulary_is_cut
 from llm_core.parallel.layout import Layout
 from llm_core.plan.job import Job
-from llm_core.plan.memory import FLOAT, micro_batches
+from llm_core.plan.memory import FLOAT, micro_batches, repeats
 from llm_core.plan.parameters import Held, Slices
 
 
@@ -35,11 +35,12 @@ def traffic_of_stage(
     owned = held.of_stage(layers[stage], first, last)
     window = micro_batches(job, layout)
     stream = FLOAT * job.rows * job.length * job.spec.hidden_size * window
+    shown = stream / (layout.tp if layout.sequence_parallel else 1)  # of it, what goes to another stage
     return Traffic(
         _gradients(job, layout, owned, window) + _tied(job, layout, held, first, last),
-        _gathers(job, layout, owned, window),
+        _gathers(job, layout, owned, window, last),
         _tensors(job, layout, len(layers[stage]), first, last) * stream,
-        _stages(layout, first, last) * stream,
+        _stages(layout, first, last) * shown,
     )
 
 
@@ -62,11 +63,11 @@ def _gradients(job: Job, layout: Layout, owned: Held, window: int) -> float:
     return FLOAT * (whole + times * _scatter(job, layout.dp) * cut)
 
 
-def _gathers(job: Job, layout: Layout, owned: Held, window: int) -> float:
-    """Over dp: ZeRO 1 and 2 gather what has been updated, ZeRO 3 all it needs, forward and backward."""
+def _gathers(job: Job, layout: Layout, owned: Held, window: int, last: bool) -> float:
+    """Over dp: ZeRO 1 and 2 gather what has been updated, ZeRO 3 all it needs, in every forward and backward pass."""
     share = _scatter(job, layout.dp) * FLOAT
     if layout.zero >= 3:
-        return share * owned.weights_cut * 2 * window
+        return share * owned.weights_cut * (2 + repeats(job, layout, last)) * window
     return share * owned.learning_cut if layout.zero else 0.0
 
 
@@ -76,9 +77,8 @@ def _tensors(job: Job, layout: Layout, layers: int, first: bool, last: bool) -> 
     a cut head. With sequence parallelism each is a scatter and a gather."""
     if layout.tp == 1:
         return 0.0
-    repeats = layout.pp > 1 or (bool(job.recompute) and not job.device.is_cpu)
     norms = 1 if job.spec.residual == "parallel" else 2
-    sums = (norms + 2 + 2 * repeats) * layers
+    sums = (norms + 2 + 2 * repeats(job, layout, last)) * layers
     sums += first * embedding_is_cut(job.spec, layout)
     sums += last * vocabulary_is_cut(job.spec, layout)
     each = 2 * _scatter(job, layout.tp) if layout.sequence_parallel else 2 * _ring(layout.tp)
@@ -86,11 +86,13 @@ def _tensors(job: Job, layout: Layout, layers: int, first: bool, last: bool) -> 
 
 
 def _stages(layout: Layout, first: bool, last: bool) -> float:
-    """In units of the residual stream: forward unless last, backward unless first, for every piece of a stage."""
+    """In units of the residual stream: for every piece of a stage what goes to the next stage, and back from it.
+
+    Two stages exchange by an all-reduce of both messages, in which each sends as much as both together.
+    """
     if layout.pp == 1:
         return 0.0
-    pieces = layout.chunks
-    return (pieces - last) + (pieces - first)
+    return 2.0 * ((layout.chunks - last) + (layout.chunks - first))
 
 
 def _tied(job: Job, layout: Layout, held: Slices, first: bool, last: bool) -> float:

@@ -11,8 +11,9 @@ from llm_core.parallel.layout import Layout
 from llm_core.plan import estimate
 from llm_core.plan.devices import device_named
 from llm_core.plan.job import Job, job_of
-from llm_core.plan.memory import layer_bytes
+from llm_core.plan.memory import layer_bytes, waiting
 from llm_core.plan.search import Planner
+from llm_core.plan.speed import flops, model_flops
 
 # The demo's Llama: 4 layers, 256 wide, 8 heads over 4, feed-forward 688, 4096 pieces.
 LAYER = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688 + 2 * 256
@@ -142,7 +143,7 @@ def test_recomputing_keeps_the_inputs_of_layers_but_not_on_a_cpu():
 def test_logits_of_an_accelerator_and_of_a_cut_head():
     assert Planner(demo_job(rows=2)).estimate(Layout()).fullest.logits == 4 * 3 * 2 * 256 * 4096
     found = Planner(demo_job(device="cpu", rows=2)).estimate(Layout(tp=2)).fullest
-    assert found.logits == 4 * 2 * 256 * 4096 // 2
+    assert found.logits == 4 * 6 * 2 * 256 * 4096 // 2
 
 
 @pytest.mark.parametrize(
@@ -169,8 +170,33 @@ def test_traffic_of_tensors_and_stages():
     assert sent.tensors == pytest.approx(2 * 3 / 4 * stream * (4 * 4 + 1))  # four sums a layer, one for the cut head
     assert (sent.gradients, sent.gathers, sent.stages) == (0, 0, 0)
     found = Planner(demo_job()).estimate(Layout(pp=4)).traffic
-    assert [found[stage].stages for stage in range(4)] == [stream, 2 * stream, 2 * stream, stream]
+    both = 2 * stream  # two stages exchange by an all-reduce: each sends as much as both messages
+    assert [found[stage].stages for stage in range(4)] == [both, 2 * both, 2 * both, both]
 
+
+def test_a_pipeline_computes_all_but_the_last_piece_again():
+    """Forward 2 a weight and token, backward 4, attention 2 S a channel forward and 4 backward; the head 6 a weight."""
+    layer = 2 * (LAYER - 2 * 256) + 2 * 256 * 256
+    found = Planner(demo_job()).estimate(Layout(pp=2))
+    operations = [flops(found.job, found.layout, found.held, stage, found.layers) for stage in range(2)]
+    assert operations == [2 * 4 * layer, 2 * 3 * layer + 6 * TABLE]
+    assert model_flops(found.job, found.layout, found.held, found.layers) == 4 * 3 * layer + 6 * TABLE
+    chunks = Planner(demo_job()).estimate(Layout(pp=2, chunks=2))
+    assert flops(chunks.job, chunks.layout, chunks.held, 1, chunks.layers) == (4 + 3) * layer + 6 * TABLE
+
+
+@pytest.mark.parametrize(
+    ("layout", "stage", "inputs"),
+    [
+        (Layout(pp=4), 0, 0),  # tokens alone
+        (Layout(pp=4), 1, 3), (Layout(pp=4), 3, 1),
+        (Layout(pp=2, chunks=2), 1, 3),  # half of the stage's pieces a micro-batch: 2 ahead, and one
+        (Layout(), 0, 0),
+    ],
+)  # fmt: skip
+def test_inputs_that_a_stage_keeps(layout: Layout, stage: int, inputs: int):
+    assert waiting(layout, stage, 8) == inputs
+    assert waiting(layout, stage, 1) <= 1 * layout.chunks
 
 def test_one_norm_needs_one_sum_of_gradients_less():
     stream = 4 * 256 * 256 * 32
