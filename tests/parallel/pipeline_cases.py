@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from llm_core.config.model_section import LoraConfig, PrefixTuningConfig
 from llm_core.models.spec import DecoderSpec
+from llm_core.parallel.cuts import Cut, cut_parameters
+from llm_core.parallel.layout import Layout, Place
+from llm_core.peft.apply import adapter_shapes
 
 BATCHES, ROWS, LENGTH, VOCAB = 5, 2, 12, 48
 SCALE = 8.0
@@ -25,16 +29,20 @@ FALCON = replace(
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its adapter, and in how many chunks each of two stages has it."""
+    """A model, its adapter, and the layout that it runs in."""
 
     spec: DecoderSpec
     pet: Any = None
-    chunks: int = 1
+    layout: Layout = field(default=Layout(pp=2))
+
+    def cuts(self, layout: Layout) -> dict[str, Cut]:
+        """What the ranks of a layout hold of every parameter."""
+        return cut_parameters(self.spec, layout, adapter_shapes(self.spec, self.pet))
 
 
 CASES = {
     "llama with dropout": Case(replace(LLAMA, hidden_dropout=0.1, attention_dropout=0.1)),
-    "tied llama, interleaved": Case(replace(LLAMA, tied_head=True, num_layers=5), chunks=2),
+    "tied llama, interleaved": Case(replace(LLAMA, tied_head=True, num_layers=5), layout=Layout(pp=2, chunks=2)),
     "falcon": Case(FALCON),
     "falcon with LoRA on its last layer": Case(
         FALCON, LoraConfig(pet_type="lora", target_modules=".*wq|.*wo", exclude_layers="model.layers.0.*")
@@ -42,19 +50,30 @@ CASES = {
     "llama with a prefix, interleaved": Case(
         replace(LLAMA, num_layers=4),
         PrefixTuningConfig(pet_type="prefixtuning", prefix_token_num=3, mid_dim=7, dropout_rate=0.1),
-        chunks=2,
+        Layout(pp=2, chunks=2),
+    ),
+}
+CASES_OF_FOUR = {
+    "four stages": Case(replace(LLAMA, num_layers=4, hidden_dropout=0.1), layout=Layout(pp=4)),
+    "four stages, interleaved": Case(
+        replace(LLAMA, tied_head=True, num_layers=8), layout=Layout(pp=4, chunks=2)
+    ),
+    "tensor and sequence parallelism inside": Case(
+        replace(LLAMA, num_layers=2), layout=Layout(pp=2, tp=2, sequence_parallel=True, whole_embedding=False)
     ),
 }
 
 
-def fill(net) -> None:
-    """Give the net weights that depend on their names alone."""
+def fill(net, cuts: Mapping[str, Cut], layout: Layout, place: Place) -> None:
+    """Give the net what the rank at `place` holds of weights that depend on their names alone."""
     from mindspore import Tensor
 
     for parameter in net.get_parameters():
-        values = np.random.RandomState(zlib.crc32(parameter.name.encode())).standard_normal(parameter.shape)
+        cut, random = cuts[parameter.name], np.random.RandomState(zlib.crc32(parameter.name.encode()))
+        values = random.standard_normal(cut.shape)
         scale = "norm" in parameter.name and parameter.name.endswith("weight")
-        parameter.set_data(Tensor((1 + 0.2 * values if scale else 0.1 * values).astype(np.float32)))
+        values = (1 + 0.2 * values if scale else 0.1 * values).astype(np.float32)
+        parameter.set_data(Tensor(np.ascontiguousarray(cut.take(values, layout, place, 3))))
 
 
 def window() -> tuple[list, Any, Any]:

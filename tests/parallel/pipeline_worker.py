@@ -1,10 +1,11 @@
-"""What each of two ranks does: all cases through a pipeline, with what came out in FOLDER/CASE.rank_R.npz.
+"""What each of two or four ranks does: all cases for so many through a pipeline, one after the other.
 
-    pipeline_worker.py FOLDER
+    pipeline_worker.py FOLDER      what came out goes into FOLDER/NUMBER.rank_R.npz
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,30 +15,31 @@ prepare_environment()
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
-from pipeline_cases import CASES, Case, fill, window, zero_sums  # noqa: E402
+from pipeline_cases import CASES, CASES_OF_FOUR, Case, fill, window, zero_sums  # noqa: E402
 
 from llm_core.models.decoder import Piece  # noqa: E402
 from llm_core.parallel.comm import Comm  # noqa: E402
-from llm_core.parallel.layout import Layout  # noqa: E402
 from llm_core.parallel.pipeline import PipelineAccumulator, PipelineEvaluator, share_prefix  # noqa: E402
+from llm_core.parallel.tensor import ParallelParts  # noqa: E402
 from llm_core.peft.apply import build_net  # noqa: E402
 
 
-def pieces(case: Case, layout: Layout, stage: int) -> list:
-    """This stage's part of the model, a net a chunk."""
+def pieces(case: Case, comm: Comm) -> list:
+    """What this rank holds of the model, a net a chunk."""
+    layout, cuts = comm.layout, case.cuts(comm.layout)
     ranges = layout.pieces(case.spec.num_layers)
     nets = []
-    for number in range(stage, len(ranges), layout.pp):
+    for number in range(comm.place.stage, len(ranges), layout.pp):
         piece = Piece(tuple(ranges[number]), first=number == 0, last=number == len(ranges) - 1)
-        nets.append(build_net(case.spec, case.pet, None, piece=piece))
-        fill(nets[-1])
+        nets.append(build_net(case.spec, case.pet, None, parts=ParallelParts(case.spec, comm, cuts), piece=piece))
+        fill(nets[-1], cuts, layout, comm.place)
     share_prefix(nets)
     return nets
 
 
 def run(case: Case, comm: Comm) -> dict[str, np.ndarray]:
     """Gradients by name, the loss of two windows (the second a short one), and the evaluation."""
-    nets = pieces(case, comm.layout, comm.place.stage)
+    nets = pieces(case, comm)
     found = {id(weight): weight for net in nets for weight in net.trainable_params()}
     weights = ms.ParameterTuple(found.values())
     sums = zero_sums(weights)
@@ -54,10 +56,13 @@ def run(case: Case, comm: Comm) -> dict[str, np.ndarray]:
 
 def main(folder: Path) -> None:
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
-    comm = Comm(Layout(pp=2))
-    for number, (name, case) in enumerate(CASES.items()):
-        # The next case's layout, with the same ranks.
-        comm.layout = Layout(pp=2, chunks=case.chunks)
+    cases = CASES_OF_FOUR if os.environ["MS_WORKER_NUM"] == "4" else CASES
+    comm = None
+    for number, (name, case) in enumerate(cases.items()):
+        if comm is None:
+            comm = Comm(case.layout)
+        else:  # the same processes in another layout
+            comm.layout, comm.place = case.layout, case.layout.place(comm.rank)
         print(name, flush=True)
         np.savez(folder / f"{number}.rank_{comm.rank}.npz", **run(case, comm))
     comm.gate()

@@ -1,4 +1,4 @@
-"""Two processes as the stages of a pipeline give what one process gives: losses, gradients, evaluation."""
+"""Processes as the stages of a pipeline give what one process gives: losses, gradients, evaluation."""
 
 from __future__ import annotations
 
@@ -11,32 +11,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline_cases import CASES, fill, window, zero_sums
+from pipeline_cases import CASES, CASES_OF_FOUR, Case, fill, window, zero_sums
+
+from llm_core.parallel.layout import Layout, Place
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("pipeline_worker.py")
 
 
-@pytest.fixture(scope="module")
-def by_rank(tmp_path_factory):
-    """What the worker's ranks have written: case -> [of rank 0, of rank 1]. One launch for all cases."""
-    folder = tmp_path_factory.mktemp("pipeline")
+def launch(folder: Path, cases: dict[str, Case], ranks: int) -> dict[str, list[dict[str, np.ndarray]]]:
+    """All cases in one launch of the worker; what its ranks have written, by case."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     command = f"python {shlex.quote(str(WORKER))} {shlex.quote(str(folder))}"
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", port, "logs", "True", "300"], cwd=folder,
+        ["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, str(ranks), port, "logs", "True", "300"], cwd=folder,
         env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return {
-        name: [dict(np.load(folder / f"{number}.rank_{rank}.npz")) for rank in range(2)]
-        for number, name in enumerate(CASES)
+        name: [dict(np.load(folder / f"{number}.rank_{rank}.npz")) for rank in range(ranks)]
+        for number, name in enumerate(cases)
     }
 
 
-def of_one_process(case) -> dict[str, np.ndarray]:
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("two"), CASES, 2)
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("four"), CASES_OF_FOUR, 4)
+
+
+def of_one_process(case: Case) -> dict[str, np.ndarray]:
     """The same in this process, without a pipeline."""
     import mindspore as ms
 
@@ -46,7 +56,7 @@ def of_one_process(case) -> dict[str, np.ndarray]:
 
     ms.set_context(mode=ms.GRAPH_MODE)
     net = build_net(case.spec, case.pet, None)
-    fill(net)
+    fill(net, case.cuts(Layout()), Layout(), Place(0, 0, 0))
     weights = ms.ParameterTuple(net.trainable_params())
     sums = zero_sums(weights)
     batches, per_token, scale = window()
@@ -58,13 +68,33 @@ def of_one_process(case) -> dict[str, np.ndarray]:
     return {**gradients, "loss": np.array(sum(losses)), "short": np.array(losses[0]), "evaluated": np.array(results)}
 
 
+def compare(case: Case, ranks: list[dict[str, np.ndarray]]) -> None:
+    expected, layout = of_one_process(case), case.layout
+    for name, cut in case.cuts(layout).items():
+        for rank, own in enumerate(ranks):
+            assert (name in own) == (name in expected and layout.place(rank).stage in cut.stages), name
+            if name in own:  # what several ranks hold (tied, a prefix, with rows of their own) is summed over them
+                total = sum(ranks[member][name] for member in cut.sum_group(layout, rank))
+                close(total, cut.take(expected[name], layout, layout.place(rank), 3), name)
+    for key in ("loss", "short", "evaluated"):
+        for rank, own in enumerate(ranks):
+            if layout.place(rank).stage == layout.pp - 1:
+                close(own[key], expected[key], key)
+            else:
+                assert not own[key].any(), key
+
+
+def close(ours: np.ndarray, expected: np.ndarray, name: str) -> None:
+    assert np.any(expected), name
+    assert np.linalg.norm(ours - expected) <= 1e-6 * np.linalg.norm(expected), name
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_stages_give_what_one_process_gives(by_rank, name):
-    expected = of_one_process(CASES[name])
-    ranks = by_rank[name]
-    assert set(expected) == set(ranks[0]) | set(ranks[1])
-    for key, value in expected.items():  # what both stages hold (tied, a prefix) is the sum of both
-        total = sum(rank[key] for rank in ranks if key in rank)
-        assert np.linalg.norm(total - value) <= 1e-6 * np.linalg.norm(value), key
-        assert np.any(value), key
-    assert not any(ranks[0][key].any() for key in ("loss", "short", "evaluated"))  # the last stage's alone
+def test_two_ranks_give_what_one_process_gives(of_two, name):
+    compare(CASES[name], of_two[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES_OF_FOUR)
+def test_four_ranks_give_what_one_process_gives(of_four, name):
+    compare(CASES_OF_FOUR[name], of_four[name])
