@@ -256,9 +256,17 @@ def _refuse_misfit(report: LoadReport, tensors: Mapping, strict: bool, source: s
             f"{name} is {list(theirs)} in the file and {list(ours)} in the model"
             for name, theirs, ours in report.shape_mismatch[:_SHOWN]
         )
+        way_out = (
+            "Check model.model_config (hidden_size, num_layers, num_heads, n_kv_heads, vocab_size) against the file"
+        )
+        if _of_several_ranks(source):
+            way_out += (
+                "; if these are slices that the ranks of a run saved, name its strategy file, or the folder of such "
+                "files, with --src_strategy_path_or_dir"
+            )
         raise UserError(
             f"load_checkpoint: {source}: {len(report.shape_mismatch)} of its tensors have another shape: {shown}. "
-            "Check model.model_config (hidden_size, num_layers, num_heads, n_kv_heads, vocab_size) against the file"
+            f"{way_out}"
         )
     base = [name for name in report.missing if "mindpet_delta" not in name and name not in report.fresh_head]
     if strict and base:
@@ -269,6 +277,14 @@ def _refuse_misfit(report: LoadReport, tensors: Mapping, strict: bool, source: s
             f"load_checkpoint: {source}: {len(base)} of the model's {len(base) + len(report.matched)} parameters are "
             f"not in it: {_first(base)}; {way_out}"
         )
+
+
+def _of_several_ranks(source: str | Path) -> bool:
+    """Whether a folder holds rank_0, rank_1 ..."""
+    try:
+        return len(rank_files(source)) > 1
+    except UserError:
+        return False
 
 
 def _first(names: list[str]) -> str:

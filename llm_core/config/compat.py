@@ -115,14 +115,9 @@ def map_to_device(config: RunConfig, tree: Node, device: str) -> tuple[RunConfig
 
 
 def _notes_on_layout(config: RunConfig) -> list[str]:
-    given = {
-        "src_strategy_path_or_dir": config.src_strategy_path_or_dir,
-        "auto_trans_ckpt": config.auto_trans_ckpt,
-        "transform_process_num": config.transform_process_num > 1,
-        "parallel.strategy_ckpt_load_file": config.parallel.strategy_ckpt_load_file,
-    }
+    given = {"auto_trans_ckpt": config.auto_trans_ckpt, "transform_process_num": config.transform_process_num > 1}
     named = [path for path, value in given.items() if value]
-    return [f"{', '.join(named)}: for several ranks; one process does not read it"] if named else []
+    return [f"{', '.join(named)}: not needed: weights of any layout are read as what a rank holds"] if named else []
 
 
 def _notes_on_types(config: RunConfig) -> list[str]:

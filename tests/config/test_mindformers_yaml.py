@@ -163,7 +163,7 @@ def test_env_is_checked(tmp_path: Path) -> None:
 
 def test_what_only_several_ranks_or_another_device_would_read_is_named() -> None:
     loaded = load_config("predict_llama2_7b", [("auto_trans_ckpt", "True"), ("context.runtime_num_threads", "3")])
-    assert any(note.startswith("auto_trans_ckpt: for several ranks") for note in loaded.notes)
+    assert any(note.startswith("auto_trans_ckpt: not needed") for note in loaded.notes)
     assert any("context.runtime_num_threads" in note and "Ascend only" in note for note in loaded.notes)
     _, notes = map_to_device(loaded.config, loaded.tree, "Ascend")
     assert not any("use_flash_attention" in note for note in notes)

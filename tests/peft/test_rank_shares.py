@@ -60,6 +60,22 @@ def test_a_rank_loads_its_part_of_base_and_adapter(tmp_path, layout):
     assert prints == base_fingerprint(alone)
 
 
+def test_slices_without_manifests_need_their_strategy(tmp_path):
+    """What MindFormers leaves of two ranks."""
+    for share in shares(SPEC, LAYOUTS["tp2"]):
+        (tmp_path / f"rank_{share.rank}").mkdir()
+        held = {name: array for name, array in parts(TENSORS, share).items() if name in BASE}
+        write(tmp_path / f"rank_{share.rank}" / "mf.ckpt", held)
+        share.save_strategy(tmp_path, {name: array.shape for name, array in held.items()})
+    share = shares(SPEC, LAYOUTS["tp4"])[1]
+    with pytest.raises(UserError, match="--src_strategy_path_or_dir"):
+        load_base(Held(share), str(tmp_path), share)
+    net = Held(share)
+    load_base(net, str(tmp_path), share, str(tmp_path / "strategy"))
+    for name, array in parts(BASE, share).items():
+        np.testing.assert_array_equal(net.values()[name], array, err_msg=name)
+
+
 def test_each_piece_of_a_rank_takes_its_own():
     """Interleaved stages: a rank has several networks."""
     share = shares(SPEC, LAYOUTS["tp2_pp2"])[3]
