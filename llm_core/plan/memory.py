@@ -24,8 +24,8 @@ FLOAT, HALF = 4, 2
 PROGRAM, PROGRAM_LAYER, PROGRAM_TENSOR, PROGRAM_ADAPTER = 100, 10.75, 0.6, 1.6
 # The second graph, where gradients are accumulated: a share of the sums. Among several ranks it exchanges them: a fixed
 # part (less in a pipeline, whose graphs are smaller), one for each parameter that learns, a multiple of the sums, and
-# one for each parameter that ZeRO 1 scatters and gathers.
-WINDOW_SUMS = 0.87
+# one for each parameter that ZeRO 1 scatters and gathers. Sequence parallelism takes more of every layer.
+WINDOW_SUMS, SEQUENCE_LAYER = 0.87, 15
 RANKS, STAGES, RANKS_TENSOR, RANKS_SUMS, RANKS_ROWS = 67, 35, 0.2, 1.58, 1.25
 # ZeRO 3 gathers within the first graph, which MindSpore then holds more of than of anything else: for each parameter
 # that is cut, and ten times their whole size.
@@ -144,7 +144,8 @@ def layer_bytes(job: Job, layout: Layout) -> float:
     if factor == HALF:
         attention += HALF * q  # its output once more, as a factor of the next product
     middle = FLOAT * f * (2 if spec.mlp == "swiglu" else 1)
-    return residual + attention + middle + factor * _input_values(job, tp, stream, f)
+    # With sequence parallelism the rows of a norm are gathered before they go into products.
+    return residual + attention + middle + factor * _input_values(job, tp, spec.hidden_size, f)
 
 
 def _keys_share(job: Job) -> float:
@@ -153,7 +154,7 @@ def _keys_share(job: Job) -> float:
     return 2 + length / job.length if length else 1
 
 
-def _input_values(job: Job, tp: int, stream: float, middle: float) -> float:
+def _input_values(job: Job, tp: int, hidden: float, middle: float) -> float:
     """Values of a token that go into a layer's products and are kept for the gradients of weights.
 
     A full tuning keeps what the norms and the activation give. LoRA keeps that where it has no dropout; with dropout it
@@ -161,11 +162,11 @@ def _input_values(job: Job, tp: int, stream: float, middle: float) -> float:
     """
     apart = job.spec.residual != "parallel"  # the feed-forward has a norm of its own
     if job.pet is None or getattr(job.pet, "freeze_exclude", None):
-        return stream * (1 + apart) + middle
+        return hidden * (1 + apart) + middle
     adapted = _adapted(job)
     if not adapted:
         return 0.0
-    inputs = {"attention": stream, "up": stream if apart else 0.0, "down": middle}
+    inputs = {"attention": hidden, "up": hidden if apart else 0.0, "down": middle}
     kept, shared = 0.0, set()
     for name, (_, width) in adapted.items():
         leaf = name.rpartition(".")[2]
@@ -234,6 +235,7 @@ def _buffers(job: Job, layout: Layout, owned: Held, layers: int) -> float:
     sums = FLOAT / MIB * owned.share(owned.learning, owned.learning_cut, layout.dp, layout.zero >= 2)
     if layout.world > 1:
         program += (RANKS if layout.pp == 1 else STAGES) + RANKS_TENSOR * owned.learning_tensors + RANKS_SUMS * sums
+        program += SEQUENCE_LAYER * layers * layout.sequence_parallel
         program += RANKS_ROWS * owned.learning_cut_tensors * (layout.zero == 1)
         if layout.zero == 3:
             program += GATHERED_TENSOR * owned.cut_tensors + GATHERED_SIZE * FLOAT / MIB * owned.weights_cut

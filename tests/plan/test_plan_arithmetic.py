@@ -132,6 +132,13 @@ def test_activations_of_a_layer_on_a_cpu():
     assert found.fullest.activations == 4 * 8 * 256 * (4 * layer + 3 * 256 + 3 * 688)
 
 
+def test_sequence_parallelism_halves_the_residual_stream_and_gathers_what_products_take():
+    job = demo_job(device="cpu")
+    whole, rows = (layer_bytes(job, Layout(tp=2, sequence_parallel=flag)) for flag in (False, True))
+    assert whole == 4 * (4 * 256 + (2 * 256 + 2 * 128 + 3 * 688 + 8) / 2)
+    assert rows == whole - 4 * 2 * 128
+
+
 def test_recomputing_keeps_the_inputs_of_layers_but_not_on_a_cpu():
     plain, again = (Planner(demo_job(recompute=flag)).estimate(Layout()) for flag in (False, True))
     assert again.fullest.activations < plain.fullest.activations / 2
