@@ -251,7 +251,7 @@ class CheckpointStore:
         if keep is None:
             return
         gone = [self._rank]
-        if self._meet is not None and self._rank == 0:
+        if self._rank == 0:
             others = (path.name.removeprefix("rank_") for path in self.folder.parent.glob("rank_*"))
             gone += [int(number) for number in others if number.isdigit() and int(number) >= self._ranks]
         for rank in gone:

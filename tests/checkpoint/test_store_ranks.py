@@ -56,6 +56,9 @@ def test_one_process_checkpoint_goes_on_as_several(tmp_path):
         assert_same(tensors, parts(TENSORS, store.share))
     save_all(every, 4, TENSORS)
     assert steps_kept(tmp_path) == [4]
+    alone = CheckpointStore(tmp_path, "m", keep_max=1)
+    alone.save(1, 5, TENSORS, {})
+    assert [steps_kept(tmp_path, rank) for rank in range(4)] == [[5], [], [], []]
 
 
 def test_the_step_before_is_taken_where_one_rank_has_not_saved(tmp_path):
