@@ -64,6 +64,10 @@ class Case:
         more = [f"zero{self.zero}"] * (self.zero > 0) + ["rows"] * self.rows + ["chunks"] * (self.chunks > 1)
         return "-".join(["x".join(sizes) or "one", *more, self.family, self.tuning])
 
+    @property
+    def has_alibi(self) -> bool:
+        return FAMILIES[self.family][1].get("alibi", False)
+
     def plain(self) -> Case:
         """The run of one process that it has to equal."""
         return Case(family=self.family, tuning=self.tuning)
