@@ -21,7 +21,7 @@ SPECS = {
 _PLAIN = {
     "one": {}, "dp2": {"dp": 2}, "dp4": {"dp": 4}, "tp2": {"tp": 2}, "tp4": {"tp": 4}, "pp2": {"pp": 2},
     "pp4": {"pp": 4}, "dp2_tp2": {"dp": 2, "tp": 2}, "tp2_pp2": {"tp": 2, "pp": 2}, "dp2_pp2": {"dp": 2, "pp": 2},
-    "dp2_tp4": {"dp": 2, "tp": 4, "whole_embedding": False},
+    "dp2_tp4": {"dp": 2, "tp": 4, "whole_embedding": False}, "pp2_chunks2": {"pp": 2, "chunks": 2},
 }  # fmt: skip
 LAYOUTS = {name: Layout(**sizes) for name, sizes in _PLAIN.items()} | {
     f"{name}_zero{zero}": Layout(**sizes, zero=zero, zero_threshold=0)
