@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.load_checkpoint and flags.src_ckpt_path_or_dir:
         parser.error("--load_checkpoint and --src_ckpt_path_or_dir are two names of one thing; give one of them")
     if flags.src_ckpt_strategy or flags.dst_ckpt_strategy:
-        parser.error("--src_ckpt_strategy, --dst_ckpt_strategy: checkpoints of our runs are read whole; for others, and "
-                     "for a layout of the merged file, use tools/transform_ckpt.py before and after")  # fmt: skip
+        parser.error("--src_ckpt_strategy, --dst_ckpt_strategy: checkpoints of our runs are read whole; for others, "
+                     "and for a layout of the merged file, use tools/transform_ckpt.py before and after")  # fmt: skip
     return run_tool(lambda: console.info(merge(flags)), stopped=None)
 
 
