@@ -38,8 +38,8 @@ def difference(folder: Path, case: Case) -> str:
     held, wanted = final_weights(folder, case), final_weights(folder, case.plain())
     if held.keys() != wanted.keys():
         return f"other weights: {sorted(held.keys() ^ wanted.keys())[:3]}"
-    # Without rotary positions a bias of the keys adds the same to all scores of a query: its gradient is rounding alone,
-    # which Adam makes steps of.
+    # Without rotary positions a bias of the keys adds the same to all scores of a query: its gradient is rounding
+    # alone, of which Adam makes steps.
     named = {name: x for name, x in wanted.items() if x.any() and not (case.has_alibi and name.endswith("wk.bias"))}
     off = {name: np.linalg.norm(held[name] - x) / np.linalg.norm(x) for name, x in named.items()}
     name = max(off, key=off.get)
