@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every benchmark, one after the other (`make bench`); ends with one line a figure.
 
-    python benchmarks/run.py [NAME ...]      # attention operators train_step lora decode preprocess
+    python benchmarks/run.py [NAME ...]      # attention operators train_step lora parallel decode preprocess
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("attention", "operators", "train_step", "lora", "decode", "preprocess")  # files of this folder
+BENCHMARKS = ("attention", "operators", "train_step", "lora", "parallel", "decode", "preprocess")  # files of this folder
 
 
 def main() -> int:

@@ -83,6 +83,7 @@ FLAGS = (
     Flag("--mp", ("parallel_config.model_parallel",), "ranks that share every layer (several ranks)", "N"),
     Flag("--pp", ("parallel_config.pipeline_stage",), "pipeline stages (several ranks)", "N"),
     Flag("--micro_batch_num", ("parallel_config.micro_batch_num",), "parts of a batch (several ranks)", "N"),
+    Flag("--deepspeed", ("parallel.zero_stage",), "what data-parallel ranks share out", "deepspeed_zero{1,2,3}"),
     Flag("--optimizer_parallel", ("parallel.enable_parallel_optimizer",), "shard the optimizer (ranks)", "BOOL"),
     Flag("--pet_method", ("model.model_config.pet_config.pet_type",), "tune an adapter", "{lora,prefixtuning,...}"),
     Flag("--task", ("task",), "accepted", "text_generation"),

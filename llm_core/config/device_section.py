@@ -87,6 +87,12 @@ ENV_NAMES = frozenset(
 )
 
 
+def _deepspeed_stage(value: Any) -> Any:
+    """XTuner's and DeepSpeed's names of the stages: deepspeed_zero2 is 2."""
+    name = str(value)
+    return int(name[-1]) if re.fullmatch(r"deepspeed_zero[123]", name) else value
+
+
 class ParallelOptimizerConfig(Section):
     """Options of the sharded optimizer."""
 
@@ -118,7 +124,7 @@ class ParallelSection(Section):
         "sharding_propagation", "Search of auto parallel."
     )
     enable_parallel_optimizer: bool = key(False, "Shard the optimizer over data_parallel.")
-    zero_stage: Literal[0, 1, 2, 3] = key(
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_deepspeed_stage)] = key(
         0, "What data_parallel ranks share out: 1 the optimizer's state, 2 gradients too, 3 parameters too. (Ours.)"
     )
     strategy_ckpt_save_file: str = key("./ckpt_strategy.ckpt", "Written to output_dir/strategy.")
