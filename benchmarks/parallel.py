@@ -6,10 +6,10 @@
 dp2_vs_one     two ranks of one thread against one process of two threads, global batch 32 x 256 by accumulation
 zero1_vs_dp2   the same two ranks with the optimizer's state shared out (ZeRO 1) against without
 
-A 15.7M Llama, AdamW, fp32. A micro-batch holds 4 x 256 tokens on every side, so one process accumulates 8 and a rank 4
-of them, and gradients are exchanged once a step. At 4 x 256, a step without accumulation, the exchange weighs most: that
-figure is printed and saved too. Reported is the median over the repetitions of tokens / median step time, from the runs'
-own metrics.jsonl; the first two steps are left out.
+A 15.7M Llama, AdamW, fp32. A micro-batch holds 4 x 256 tokens on every side, so one process accumulates 8 and a rank
+4 of them, and gradients are exchanged once a step. At 4 x 256, a step without accumulation, the exchange weighs most:
+that figure is printed and saved too. Reported is the median over the repetitions of tokens / median step time, from the
+runs' own metrics.jsonl; the first two steps are left out.
 """
 
 from __future__ import annotations

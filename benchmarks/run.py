@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("attention", "operators", "train_step", "lora", "parallel", "decode", "preprocess")  # files of this folder
+BENCHMARKS = ("attention", "operators", "train_step", "lora", "parallel", "decode", "preprocess")  # files here
 
 
 def main() -> int:
