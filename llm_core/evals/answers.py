@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from llm_core.infer.stream import TextStream
 from llm_core.report.console import console
 from llm_core.text import Tokenizer
 
+if TYPE_CHECKING:
+    from llm_core.parallel.comm import Comm
+
+T = TypeVar("T")
 GOLDS_SUFFIX = ".golds.jsonl"
 
 
@@ -108,11 +113,13 @@ def answer_questions(
     *,
     seed: int,
     batch_size: int,
+    comm: Comm | None = None,
 ) -> list[str]:
     """The first line that the model writes to each question; only that line counts, so a row ends with it.
 
     Questions of like length share a batch; with do_sample each draws with seed + the number of its record, whatever
-    stands beside it. Raises UserError, before anything is generated, for a prompt that leaves no room for an answer.
+    stands beside it. comm: as for `write_texts`. Raises UserError, before anything is generated, for a prompt that
+    leaves no room for an answer.
     """
     params = replace(params, num_return_sequences=1)
     for question in questions:
@@ -122,7 +129,7 @@ def answer_questions(
             raise UserError(f"eval_dataset, record {question.record}: {error}") from None
     prompts = [question.prompt_ids for question in questions]
     seeds = [seed + question.record for question in questions]
-    texts = write_texts(generator, tokenizer, prompts, params, seeds, done=_has_line, batch_size=batch_size)
+    texts = write_texts(generator, tokenizer, prompts, params, seeds, done=_has_line, batch_size=batch_size, comm=comm)
     return [first_line(text) for text in texts]
 
 
@@ -139,16 +146,18 @@ def write_texts(
     *,
     done: Callable[[str], bool],
     batch_size: int,
+    comm: Comm | None = None,
 ) -> list[str]:
     """What the model writes to each prompt, until `done` says of the text so far that it is enough.
 
-    Prompts of like length share a batch. seeds: what each prompt draws with.
+    Prompts of like length share a batch. seeds: what each prompt draws with. comm: with other ranks, among
+    whose replicas the batches are shared out; all have all texts.
     """
-    texts = [""] * len(prompts)
+    texts: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    with console.progress(len(prompts), desc="answer", unit="question") as bar:
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
+    batches = own_batches(order, batch_size, comm)
+    with console.progress(sum(map(len, batches)), desc="answer", unit="question") as bar:
+        for batch in batches:
             streams = [TextStream(tokenizer, prompts[number], params.stop_strings) for number in batch]
 
             def take(row: int, token: int, streams: list[TextStream] = streams) -> bool:
@@ -161,4 +170,18 @@ def write_texts(
                 stream.finish()
                 texts[number] = stream.text
             bar.update(len(batch))
-    return texts
+    texts = join_replicas(texts, comm)
+    return [texts[number] for number in range(len(prompts))]
+
+
+def own_batches(items: Sequence[T], batch_size: int, comm: Comm | None) -> list[Sequence[T]]:
+    """The batches that this rank's replica runs, every so many; without other ranks all of them."""
+    batches = [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
+    return batches if comm is None else batches[comm.place.replica :: comm.layout.dp]
+
+
+def join_replicas(found: dict[int, T], comm: Comm | None) -> dict[int, T]:
+    """What all replicas have found, by number, on all ranks; anything that JSON holds."""
+    if comm is None:
+        return found
+    return {number: value for part in comm.of_replicas(list(found.items())) for number, value in part}

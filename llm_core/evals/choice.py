@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from llm_core.data.choices import LETTERS
-from llm_core.evals.answers import write_texts
+from llm_core.evals.answers import join_replicas, own_batches, write_texts
 from llm_core.evals.choice_prompts import letter_is_certain
 from llm_core.infer.generate import Generator
 from llm_core.infer.load import end_ids
@@ -25,6 +25,9 @@ from llm_core.report.console import console
 from llm_core.runtime import Compiled
 from llm_core.text import Tokenizer
 from llm_core.text.chat import PLAIN, chat_format, part_ids
+
+if TYPE_CHECKING:
+    from llm_core.parallel.comm import Comm
 
 _COLUMN_STEP = 64  # rows are padded to a multiple of it, so that few graphs are compiled
 NEW_TOKENS = 16  # of a written answer, where model_config.max_new_tokens is not set
@@ -92,8 +95,9 @@ def _rows_of(question: int, prompt: LetterIds) -> list[_Row]:
 class ChoiceScorer:
     """Scores the letters behind prompts. Rows are padded on the right, which no earlier token sees."""
 
-    def __init__(self, net: CausalLM, batch_size: int) -> None:
-        self._batch_size, self._longest = batch_size, net.spec.max_position
+    def __init__(self, net: CausalLM, batch_size: int, comm: Comm | None = None) -> None:
+        """comm: with other ranks, among whose replicas the batches are shared out."""
+        self._batch_size, self._longest, self._comm = batch_size, net.spec.max_position, comm
         self._cell = Compiled(_ChoiceScores(net).set_train(False), spec=net.spec, **net.graph_key)
 
     def scores(self, prompts: Sequence[LetterIds]) -> np.ndarray:
@@ -101,14 +105,17 @@ class ChoiceScorer:
         rows = [row for number, prompt in enumerate(prompts) for row in _rows_of(number, prompt)]
         rows.sort(key=lambda row: -len(row.ids))
         depth = max((len(row.candidates) for row in rows), default=1)
-        found = np.zeros((len(prompts), len(LETTERS)))
-        with console.progress(len(rows), desc="answer", unit="row") as bar:
-            for start in range(0, len(rows), self._batch_size):
-                batch = rows[start : start + self._batch_size]
-                for row, scores in zip(batch, self._run(batch, depth), strict=False):
-                    found[row.question, row.letters] = scores[: len(row.candidates), : len(row.letters)].sum(0)
+        batches = own_batches(list(enumerate(rows)), self._batch_size, self._comm)
+        found: dict[int, list[float]] = {}
+        with console.progress(sum(map(len, batches)), desc="answer", unit="row") as bar:
+            for batch in batches:
+                for (number, row), scores in zip(batch, self._run([row for _, row in batch], depth), strict=False):
+                    found[number] = scores[: len(row.candidates), : len(row.letters)].sum(0).tolist()
                 bar.update(len(batch))
-        return found
+        every = np.zeros((len(prompts), len(LETTERS)))
+        for number, scores in join_replicas(found, self._comm).items():
+            every[rows[number].question, rows[number].letters] = scores
+        return every
 
     def _run(self, rows: Sequence[_Row], depth: int) -> np.ndarray:
         """Of a batch filled up with idle rows: fp64 [batch, depth, 4]; what a row does not ask for is meaningless."""
@@ -127,7 +134,9 @@ class ChoiceScorer:
 class ChoiceWriter:
     """Lets the model write answers, greedily, to prompts as predict has them: InternLMProcessor makes them a chat."""
 
-    def __init__(self, config: Any, net: CausalLM, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Any, net: CausalLM, tokenizer: Tokenizer, comm: Comm | None = None) -> None:
+        """comm: as for `ChoiceScorer`."""
+        self._comm = comm
         model, name = config.model.config, config.processor.prompt_format
         self._tokenizer, self._batch_size = tokenizer, config.runner_config.batch_size
         self._chat = None if name == PLAIN else chat_format(name, tokenizer)
@@ -143,7 +152,7 @@ class ChoiceWriter:
     def answers(self, prompts: Sequence[str]) -> list[str]:
         """What is written behind each prompt, until a letter is certain."""
         ids = [self._ids(text) for text in prompts]
-        options = {"done": letter_is_certain, "batch_size": self._batch_size}
+        options = {"done": letter_is_certain, "batch_size": self._batch_size, "comm": self._comm}
         return write_texts(self._generator, self._tokenizer, ids, self._params, [0] * len(ids), **options)
 
     def _ids(self, text: str) -> list[int]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from llm_core.report.bars import draw_shares
 from llm_core.report.console import console
 from llm_core.report.table import table_lines
 from llm_core.text import Tokenizer
+
+if TYPE_CHECKING:
+    from llm_core.parallel.comm import Comm
 
 PREDICTIONS_NAME, PICTURE_NAME = "choice_predictions.jsonl", "choice.png"
 
@@ -41,9 +44,14 @@ class Answered:
         return self.letter == self.prompt.question.answer
 
 
-def measure_choices(config: Any, section: Any, data: ChoiceData, net: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Ask, print table and means, draw the picture, write the predictions; returns the figures for the result file."""
-    writer = ChoiceWriter(config, net, tokenizer) if section.method == "generation" else None
+def measure_choices(
+    config: Any, section: Any, data: ChoiceData, net: Any, tokenizer: Tokenizer, comm: Comm | None = None
+) -> dict[str, Any]:
+    """Ask, print table and means, draw the picture, write the predictions; returns the figures for the result file.
+
+    comm: with other ranks, whose replicas share the questions; rank 0 alone prints, draws and writes.
+    """
+    writer = ChoiceWriter(config, net, tokenizer, comm) if section.method == "generation" else None
     longest = net.spec.max_position - (writer.room if writer else 0)
     asked, too_long = _prompts(data, section.shots, tokenizer, longest)
     prompts = list(asked)
@@ -51,7 +59,7 @@ def measure_choices(config: Any, section: Any, data: ChoiceData, net: Any, token
         texts = writer.answers([prompt.text for prompt in prompts])
         answered = [Answered(p, found_letter(text), text=text) for p, text in zip(prompts, texts, strict=True)]
     else:
-        scores = ChoiceScorer(net, config.runner_config.batch_size).scores(list(asked.values()))
+        scores = ChoiceScorer(net, config.runner_config.batch_size, comm).scores(list(asked.values()))
         answered = [
             Answered(prompt, LETTERS[int(np.argmax(row))], scores=row.tolist())
             for prompt, row in zip(prompts, scores, strict=True)
@@ -66,8 +74,9 @@ def measure_choices(config: Any, section: Any, data: ChoiceData, net: Any, token
         "with_fewer_shots": sum(prompt.shots < section.shots for prompt in prompts),
         "too_long": len(too_long),
     }
-    _report(result, Path(config.output_dir))
-    _write_predictions(Path(config.output_dir) / PREDICTIONS_NAME, answered)
+    if comm is None or comm.rank == 0:
+        _report(result, Path(config.output_dir))
+        _write_predictions(Path(config.output_dir) / PREDICTIONS_NAME, answered)
     return result
 
 

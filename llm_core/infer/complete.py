@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from llm_core.errors import UserError
@@ -14,6 +14,7 @@ from llm_core.text.chat import ChatFormat, part_ids
 
 if TYPE_CHECKING:
     from llm_core.infer.generate import Generation, Generator
+    from llm_core.parallel.comm import Comm
 
 DEFAULT_BATCH = 8
 
@@ -41,12 +42,15 @@ class Completer:
         tokenizer: Tokenizer,
         chat_format: ChatFormat | None = None,
         assistant: Generator | None = None,
+        comm: Comm | None = None,
     ) -> None:
-        """`assistant`: guesses ahead for the generator, where a call names no other."""
+        """`assistant`: guesses ahead for the generator, where a call names no other. comm: with the other ranks, among
+        whose replicas `complete` shares out the batches; all ranks then call it together."""
         self.generator = generator
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.assistant = assistant
+        self.comm = comm
 
     def encode(self, prompts: Sequence[str], params: SamplingParams) -> list[list[int]]:
         """The prompts' ids; UserError names the first prompt that leaves no room for its answer."""
@@ -80,19 +84,20 @@ class Completer:
     ) -> Iterator[list[Completion]]:
         """Continue each of `prompts`; yields, in order, one list of num_return_sequences completions a prompt.
 
-        batch_size: prompts a batch (default: up to 8). on_text is given the text of the first prompt's first
-        answer while it grows, for showing one answer live. After interrupted() said yes, the batch at work is yielded
-        as far as it came, and no other is begun. Prompts are tokenized, and refused, before anything is generated. With
-        a chat format the completions' prompts are as the format writes them.
+        batch_size: prompts a batch (default: up to 8, and with replicas no more than a batch for each needs). on_text
+        is given the text of the first prompt's first answer while it grows, for showing one answer live. After
+        interrupted() said yes, the batch at work is yielded as far as it came, and no other is begun. Prompts are
+        tokenized, and refused, before anything is generated. With a chat format the completions' prompts are as the
+        format writes them.
         """
         ids = self.encode(prompts, params)
         prompts = [self.shown(prompt) for prompt in prompts]
-        batch_size = batch_size or min(DEFAULT_BATCH, len(prompts)) or 1
-        for first in range(0, len(prompts), batch_size):
-            if interrupted is not None and interrupted():
-                return
+        replicas = 1 if self.comm is None else self.comm.layout.dp
+        batch_size = batch_size or min(DEFAULT_BATCH, -(-len(prompts) // replicas)) or 1
+
+        def answers(first: int) -> list[list[Completion]]:
             batch = slice(first, first + batch_size)
-            yield from self.complete_ids(
+            return self.complete_ids(
                 prompts[batch],
                 ids[batch],
                 _counted_from(first, params),
@@ -101,6 +106,25 @@ class Completer:
                 on_text=on_text if first == 0 else None,
                 interrupted=interrupted,
             )
+
+        for first in range(0, len(prompts), batch_size * replicas):
+            stop = interrupted is not None and interrupted()
+            if stop if self.comm is None else any(self.comm.of_replicas(stop)):
+                return
+            yield from answers(first) if self.comm is None else self._of_all(answers, first, batch_size, len(prompts))
+
+    def _of_all(
+        self, answers: Callable[[int], list[list[Completion]]], first: int, batch_size: int, end: int
+    ) -> list[list[Completion]]:
+        """The answers to a batch for each replica, the first of which begins with prompt number `first`."""
+        own = first + batch_size * self.comm.place.replica
+        found = answers(own) if own < end else []
+        parts = self.comm.of_replicas([[asdict(each) for each in prompt] for prompt in found])
+        return [
+            [Completion(**{**each, "token_ids": tuple(each["token_ids"])}) for each in prompt]
+            for part in parts
+            for prompt in part
+        ]
 
     def complete_ids(
         self,

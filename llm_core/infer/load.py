@@ -6,31 +6,45 @@ import json
 import signal
 from typing import TYPE_CHECKING
 
+from llm_core.checkpoint.reshard import Share
 from llm_core.config import LoadedConfig, load_config
 from llm_core.config.hf_folder import is_hf_folder
 from llm_core.errors import UserError
 from llm_core.infer.complete import Completer
 from llm_core.infer.prompts import wrapping
+from llm_core.parallel.cuts import cut_parameters
 from llm_core.report.console import console
 from llm_core.signals import signals_blocked
 from llm_core.text import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from mindspore import nn
+
     from llm_core.infer.generate import Generator
     from llm_core.models.decoder import CausalLM
     from llm_core.models.spec import DecoderSpec
+    from llm_core.parallel.comm import Comm
     from llm_core.peft.adapters import Adapter
 
 
 def load_for_inference(
-    loaded: LoadedConfig, *, need_tokenizer: bool = True, start: bool = True
+    loaded: LoadedConfig, *, need_tokenizer: bool = True, start: bool = True, comm: Comm | None = None
 ) -> tuple[CausalLM, DecoderSpec, Tokenizer | None]:
     """Start MindSpore, build the model of `model`, load load_checkpoint and the adapter into it, and the tokenizer.
 
     Raises UserError if there is no checkpoint, and if it, the adapter or the tokenizer is not there or does not fit.
     The tokenizer is looked at first: that takes a moment, the weights may take minutes. need_tokenizer=False: None
     where processor.tokenizer.vocab_file is not set. start=False: MindSpore is set up, for another model, and stays so.
+    comm: with the other ranks; the network is then this rank's part of the model, whose sizes the spec has.
     """
+    (net,), spec, tokenizer = load_pieces(loaded, need_tokenizer=need_tokenizer, start=start, comm=comm)
+    return net, spec, tokenizer
+
+
+def load_pieces(
+    loaded: LoadedConfig, *, need_tokenizer: bool, start: bool = True, comm: Comm | None
+) -> tuple[list[nn.Cell], DecoderSpec, Tokenizer | None]:
+    """As `load_for_inference`, of a stage of a pipeline too, which may have several pieces of the model."""
     from llm_core import runtime
     from llm_core.models.spec import spec_from_config
 
@@ -51,18 +65,29 @@ def load_for_inference(
             runtime.start(config)
 
     from llm_core.models.decoder import describe_operators
-    from llm_core.peft.apply import describe_parameters
+    from llm_core.peft.apply import adapter_shapes, describe_parameters
     from llm_core.peft.inference import is_merged, net_with_adapter
 
     pet = None if adapter is None else adapter.pet
-    net, report = net_with_adapter(spec, config.load_checkpoint, adapter)
-    net.set_train(False)
+    share, pieces = None, [{}]
+    if comm is not None:
+        from llm_core.parallel.share import own_pieces
+
+        cuts = cut_parameters(spec, comm.layout, adapter_shapes(spec, pet))
+        share, pieces = Share(comm.layout, comm.rank, cuts), own_pieces(spec, comm, cuts)
+        console.info(f"rank {comm.rank} of {comm.layout.world}: {comm.layout.describe()}")
     console.info(describe_operators(spec))
-    console.info(f"{config.load_checkpoint}: {report.line()}")
+    nets = []
+    for piece in pieces:
+        net, report = net_with_adapter(
+            spec, config.load_checkpoint, adapter, share, config.src_strategy_path_or_dir, **piece
+        )
+        nets.append(net.set_train(False))
+        console.info(f"{config.load_checkpoint}: {report.line()}")
     if adapter is not None:
         console.info(adapter.line() + (", merged into the weights" if is_merged(spec, pet) else ""))
     console.info(f"model: {describe_parameters(spec, pet)}")
-    return net, spec, tokenizer
+    return nets, spec, tokenizer
 
 
 def adapter_for_inference(loaded: LoadedConfig, spec: DecoderSpec) -> Adapter | None:
@@ -78,24 +103,25 @@ def adapter_for_inference(loaded: LoadedConfig, spec: DecoderSpec) -> Adapter | 
     return adapter
 
 
-def load_completer(loaded: LoadedConfig) -> Completer:
+def load_completer(loaded: LoadedConfig, comm: Comm | None = None) -> Completer:
     """As `load_for_inference`, wrapped for generating text; InternLMProcessor writes prompts as a chat."""
     arch = loaded.config.model.arch.type
     if not arch.endswith("ForCausalLM"):
         raise UserError(f"{loaded.path}: {arch}: a classifier writes no text; --run_mode eval measures it")
-    net, spec, tokenizer = load_for_inference(loaded)
+    net, spec, tokenizer = load_for_inference(loaded, comm=comm)
     from llm_core.infer.generate import Generator
 
     config = loaded.config.model.config
     generator = Generator(net, spec, eos_ids=end_ids(config), pad_id=config.pad_token_id)
     chat = wrapping(loaded.config.processor, tokenizer)
-    return Completer(generator, tokenizer, chat, load_assistant(loaded))
+    return Completer(generator, tokenizer, chat, load_assistant(loaded, comm), comm)
 
 
-def load_assistant(loaded: LoadedConfig) -> Generator | None:
+def load_assistant(loaded: LoadedConfig, comm: Comm | None = None) -> Generator | None:
     """The small model of model.model_config.assistant, None where that is not set.
 
-    It is a run file with its own load_checkpoint, or a Hugging Face folder. Raises UserError as for the model itself.
+    It is a run file with its own load_checkpoint, or a Hugging Face folder. The ranks share it as they do the model.
+    Raises UserError as for the model itself.
     """
     name = loaded.config.model.config.assistant
     if not name:
@@ -106,7 +132,7 @@ def load_assistant(loaded: LoadedConfig) -> Generator | None:
             small = load_config(loaded.path, list(own.items()))
         else:
             small = load_config(name)
-        net, spec, _ = load_for_inference(small, need_tokenizer=False, start=False)
+        net, spec, _ = load_for_inference(small, need_tokenizer=False, start=False, comm=comm)
     except UserError as error:
         raise UserError(f"model.model_config.assistant {name}: {error}") from None
     from llm_core.infer.generate import Generator

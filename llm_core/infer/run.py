@@ -6,15 +6,22 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_core.config import LoadedConfig
+from llm_core.config import LoadedConfig, RunConfig
 from llm_core.infer.load import load_completer
 from llm_core.infer.prompts import read_prompts
 from llm_core.infer.results import prepare_output_dir, write_answers, write_results
 from llm_core.infer.sampling import sampling_params
+from llm_core.parallel.join import join_ranks
+from llm_core.parallel.stop import StopTogether
 from llm_core.report.console import console, is_terminal
 from llm_core.report.environment import save_run_record
-from llm_core.signals import StopSignals
+from llm_core.signals import StopSignals, signals_blocked
+
+if TYPE_CHECKING:
+    from llm_core.infer.complete import Completion
+    from llm_core.parallel.comm import Comm
 
 
 def predict(loaded: LoadedConfig) -> int:
@@ -22,6 +29,7 @@ def predict(loaded: LoadedConfig) -> int:
 
     A single answer is streamed if stdout is a terminal, otherwise every prompt is printed with its answers as soon as
     its batch is done. Answers that were there when Ctrl-C or SIGTERM came are written too, and marked.
+    Of several ranks the replicas share out the prompts, and rank 0 alone prints and writes the answers of all.
     """
     config = loaded.config
     params = sampling_params(loaded)
@@ -29,13 +37,19 @@ def predict(loaded: LoadedConfig) -> int:
     folder = prepare_output_dir(config.output_dir)
     if config.save_file:
         prepare_output_dir(Path(config.save_file).parent)
-    completer = load_completer(loaded)
-    save_run_record(folder, sys.argv, loaded.as_yaml())
+    with signals_blocked(signal.SIGINT, signal.SIGTERM):  # for the threads that MindSpore starts
+        comm = join_ranks(config, inference=True)
+    if comm is not None:
+        console.log_to(folder, comm.rank)
+    completer = load_completer(loaded, comm)
+    speaks = comm is None or comm.rank == 0
+    if speaks:
+        save_run_record(folder, sys.argv, loaded.as_yaml())
 
-    live = len(prompts) == 1 and params.num_return_sequences == 1 and is_terminal(sys.stdout)
+    live = speaks and len(prompts) == 1 and params.num_return_sequences == 1 and is_terminal(sys.stdout)
     results = []
     started = time.perf_counter()
-    with StopSignals(signal.SIGINT, signal.SIGTERM) as interrupted:
+    with _stop_signals(comm) as interrupted:
         if live:
             _show(completer.shown(prompts[0]))
         for completions in completer.complete(
@@ -47,20 +61,33 @@ def predict(loaded: LoadedConfig) -> int:
             interrupted=interrupted,
         ):
             results.append(completions)
-            for completion in completions:
+            for completion in completions if speaks else ():
                 console.result("" if live else completion.prompt + completion.text)
     seconds = time.perf_counter() - started
+    if speaks:
+        _write(config, folder, results, _speed_line(results, completer.generator.timing, seconds))
+    exit_code = interrupted.exit_code
+    if comm is not None:  # a process that ends takes MindSpore's connections with it
+        exit_code = max(map(int, comm.gate(str(exit_code))))
+    if exit_code and speaks:
+        console.warn(f"interrupted: {len(results)} of {len(prompts)} prompts were begun; what they got is in {folder}")
+    return exit_code
 
+
+def _stop_signals(comm: Comm | None) -> StopSignals:
+    """Ranks that compute a token together have to end it together."""
+    if comm is None or comm.layout.tp == 1:
+        return StopSignals(signal.SIGINT, signal.SIGTERM)
+    return StopTogether(comm, comm.layout.shards(comm.rank))
+
+
+def _write(config: RunConfig, folder: Path, results: list[list[Completion]], speed: str) -> None:
     path = write_results(folder, results)
-    console.info(_speed_line(results, completer.generator.timing, seconds))
+    console.info(speed)
     console.info(f"output result is saved at: {path}")
     if config.save_file:
         for file in write_answers(Path(config.save_file), results):
             console.info(f"answers are saved at: {file}")
-    if interrupted():
-        console.warn(f"interrupted: {len(results)} of {len(prompts)} prompts were begun; what they got is in {path}")
-        return interrupted.exit_code
-    return 0
 
 
 def _show(text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -48,12 +49,13 @@ class Comm:
         self.place = layout.place(self.rank)
         self.world: Group = tuple(range(world))
         self._gate = _open_gate(self.rank, self.world)
-        self._meetings = 0
+        self._meetings: Counter[Group] = Counter()
 
-    def gate(self, value: str = "") -> list[str]:
-        """Wait for all ranks, however long they take; returns what each has brought, by rank."""
-        self._meetings += 1
-        return self._gate.meet(str(self._meetings), value)
+    def gate(self, value: str = "", group: Group | None = None) -> list[str]:
+        """Wait for all ranks (of the group), however long they take; returns what each has brought, by rank."""
+        group = group or self.world
+        self._meetings[group] += 1
+        return self._gate.meet(f"{group} {self._meetings[group]}", value, group)
 
     def of_replicas(self, value: Any) -> list[Any]:
         """What each dp rank of the last stage has brought (anything JSON holds), on all ranks; a `gate`."""

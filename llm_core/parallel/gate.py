@@ -1,8 +1,8 @@
 """Where ranks wait for each other as long as it takes, and exchange a few bytes: a rendezvous over TCP.
 
 MindSpore's collectives on a CPU fail when a rank is 30 s late. Compiling and saving take ranks unequal times, so they
-meet here first. Rank 0 serves; every rank, rank 0 too, is a client with one connection. A rank that ends while others
-wait is reported to them by its number.
+meet here first, all of them or those that compute together. Rank 0 serves; every rank, rank 0 too, is a client with one
+connection. A rank that ends while others wait is reported to them by its number.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import secrets
 import socket
 import struct
 import threading
+from collections.abc import Sequence
 
 from llm_core.errors import EnvironmentFault
 
@@ -20,11 +21,11 @@ _CONNECT_SECONDS = 60.0
 
 
 class GateServer:
-    """Rank 0's end: answers a meeting's members when all `world` of them have come."""
+    """Rank 0's end: answers a meeting's members when all of them have come. world: the number of all ranks."""
 
     def __init__(self, host: str, world: int) -> None:
         self.token = secrets.randbits(62)
-        self._world = world
+        self._all = list(range(world))
         self._listener = socket.create_server((host, 0), backlog=world)
         self.port = self._listener.getsockname()[1]
         self._lock = threading.Lock()
@@ -59,15 +60,16 @@ class GateServer:
 
     def _arrive(self, rank: int, message: dict) -> None:
         with self._lock:
+            members = message["of"] or self._all
             meeting = self._meetings.setdefault(message["name"], {})
             meeting[rank] = message["value"]
             if self._gone is not None:
                 _send(self._members[rank], {"gone": self._gone})
-            elif len(meeting) == self._world:
+            elif len(meeting) == len(members):
                 del self._meetings[message["name"]]
-                values = [meeting[i] for i in range(self._world)]
-                for member in self._members.values():
-                    _send(member, {"values": values})
+                values = [meeting[i] for i in members]
+                for member in members:
+                    _send(self._members[member], {"values": values})
 
     def _leave(self, rank: int) -> None:
         """Tell those who wait, now and later, that one will never come."""
@@ -89,13 +91,14 @@ class Gate:
         self._connection.settimeout(None)
         _send(self._connection, {"token": token, "rank": rank})
 
-    def meet(self, name: str, value: str = "") -> list[str]:
-        """Wait until every rank has come to the meeting `name`; returns their values, by rank.
+    def meet(self, name: str, value: str = "", of: Sequence[int] = ()) -> list[str]:
+        """Wait until all ranks `of` (default every rank) have come to the meeting `name`; returns their values in that
+        order.
 
-        All ranks hold the same meetings in the same order. Raises EnvironmentFault when one has ended.
+        They hold the same meetings in the same order. Raises EnvironmentFault when a rank of the run has ended.
         """
         try:
-            _send(self._connection, {"name": name, "value": value})
+            _send(self._connection, {"name": name, "value": value, "of": list(of)})
             answer = _receive(self._connection)
         except OSError:
             answer = None

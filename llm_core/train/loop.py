@@ -129,23 +129,6 @@ class Run:
         return state if self.adapter is None else {**state, "adapter": self.adapter}
 
 
-class StopTogether(StopSignals):
-    """As `StopSignals`, of all ranks: a signal that one has got stops them all, behind the same step."""
-
-    def __init__(self, comm: Comm) -> None:
-        super().__init__(signal.SIGINT, signal.SIGTERM)
-        self._comm = comm
-
-    def __call__(self) -> bool:
-        """As `StopSignals`; to be asked by all ranks together."""
-        self.look()
-        told = self._comm.sum([self.received == number for number in sorted(self.numbers)])
-        for number, ranks in zip(sorted(self.numbers), told, strict=True):
-            if ranks:
-                self.received = number
-        return self.received is not None
-
-
 class _RolledBack(Exception):
     """The run stands at an older checkpoint again; the loop starts over from its cursor."""
 

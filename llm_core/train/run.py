@@ -17,9 +17,10 @@ from llm_core.data.loader import Loader
 from llm_core.data.open import open_loader
 from llm_core.infer.load import end_ids, load_fitting_tokenizer
 from llm_core.models.spec import DecoderSpec, spec_from_config
-from llm_core.parallel.cuts import Cut, cut_parameters
+from llm_core.parallel.cuts import cut_parameters
 from llm_core.parallel.join import join_ranks
 from llm_core.parallel.layout import Layout
+from llm_core.parallel.stop import StopTogether
 from llm_core.peft.adapters import Adapter, open_adapter
 from llm_core.peft.apply import adapter_shapes, describe_parameters, is_saved, parameter_counts
 from llm_core.report.console import console
@@ -29,7 +30,7 @@ from llm_core.runtime import start
 from llm_core.signals import signals_blocked
 from llm_core.text import Tokenizer
 from llm_core.train.anomaly import AnomalyPolicy
-from llm_core.train.loop import Intervals, Run, StopTogether, fit, restore
+from llm_core.train.loop import Intervals, Run, fit, restore
 from llm_core.train.loss_scale import build_loss_scale
 from llm_core.train.resume import (
     ResumePoint,
@@ -128,9 +129,12 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     from llm_core.train.optim import build_optimizer
 
     cuts = cut_parameters(spec, layout, adapter_shapes(spec, pet))
+    pieces: list[dict[str, Any]] = [{}]
     if comm is not None:
-        store.share = Share(layout, comm.rank, cuts)
-    nets = _build_nets(config, spec, pet, adapter, resumed, store.share, _shares(spec, comm, cuts))
+        from llm_core.parallel.share import own_pieces
+
+        store.share, pieces = Share(layout, comm.rank, cuts), own_pieces(spec, comm, cuts)
+    nets = _build_nets(config, spec, pet, adapter, resumed, store.share, pieces)
     for net in nets:
         apply_recompute(net, config.recompute_config)
     net = nets[0]
@@ -213,25 +217,6 @@ def _metrics(config: RunConfig, resumed: ResumePoint | None) -> MetricsLog:
     return MetricsLog(config.output_dir, None if resumed is None else resumed.state["cursor"]["step"])
 
 
-def _shares(spec: DecoderSpec, comm: Comm | None, cuts: Mapping[str, Cut]) -> list[dict[str, Any]]:
-    """What this rank holds of the network, piece by piece: arguments of `build_net`."""
-    if comm is None:
-        return [{}]
-    from llm_core.models.decoder import Piece
-    from llm_core.parallel.tensor import ParallelParts
-
-    layout = comm.layout
-    pieces = layout.pieces(spec.num_layers)
-    own = range(comm.place.stage, len(pieces), layout.pp)
-    return [
-        {
-            "parts": ParallelParts(spec, comm, cuts),
-            "piece": Piece(tuple(pieces[i]), first=i == 0, last=i == len(pieces) - 1),
-        }
-        for i in own
-    ]
-
-
 def _intervals(config: RunConfig, steps_per_epoch: int) -> Intervals:
     """How often the callbacks want things. Under sink_mode the log has a line every sink_size steps."""
     printing, samples = config.callback("MFLossMonitor"), config.callback("SampleMonitor")
@@ -260,9 +245,9 @@ def _save_intervals(checkpoints: Any) -> dict[str, Any]:
 
 def _build_nets(
     config: RunConfig, spec: DecoderSpec, pet: Any, adapter: Adapter | None, resumed: ResumePoint | None,
-    share: Share | None, shares: list[dict[str, Any]],
+    share: Share | None, pieces: list[dict[str, Any]],
 ) -> list[nn.Cell]:  # fmt: skip
-    """The network, or this rank's pieces of it (`shares`), with its starting weights. A resumed run restores its own
+    """The network, or this rank's `pieces` of it, with its starting weights. A resumed run restores its own
     later; of an adapter's run these are the adapter alone, so its base is loaded in any case."""
     from llm_core.peft.adapters import load_adapter, load_base
     from llm_core.peft.apply import build_net
@@ -270,7 +255,7 @@ def _build_nets(
 
     restored = resumed is not None and pet is None
     seed = None if config.load_checkpoint or restored else config.seed
-    nets = [build_net(spec, pet, seed, adapter_seed=config.seed, **each) for each in shares]
+    nets = [build_net(spec, pet, seed, adapter_seed=config.seed, **each) for each in pieces]
     for net in nets:
         if config.load_checkpoint and not restored:
             report = load_base(net, config.load_checkpoint, share, config.src_strategy_path_or_dir)
