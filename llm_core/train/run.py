@@ -67,7 +67,12 @@ def train(loaded: LoadedConfig) -> int:
             save_run_record(output_dir, sys.argv, loaded.as_yaml())
         with signals_blocked(signal.SIGINT, signal.SIGTERM):
             run = build(loaded, comm)
-        code = fit(run)
+        if config.only_save_strategy:
+            shapes = {name: value.shape for name, value in run.snapshot().items()}
+            console.info(f"only_save_strategy: {run.store.share.save_strategy(output_dir, shapes)}")
+            code = 0
+        else:
+            code = fit(run)
         if comm is not None:
             comm.gate()  # a process that ends takes MindSpore's connections with it
     for line in run.timeline.table():
@@ -77,7 +82,7 @@ def train(loaded: LoadedConfig) -> int:
         run.timeline.write(trace)
         for line in ["", *run.operators.table(), "", f"timeline: {trace} (open it in chrome://tracing or Perfetto)"]:
             console.result(line)
-    if code == 0:
+    if code == 0 and not config.only_save_strategy:
         console.info(f"done: {run.cursor.step} steps, {run.cursor.tokens} supervised tokens; see {output_dir}")
     return code
 
@@ -125,7 +130,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     from llm_core.models.decoder import describe_operators  # mindspore, which `start` has to set up first
     from llm_core.models.heads import training_loss
     from llm_core.models.recompute import apply_recompute
-    from llm_core.peft.adapters import adapter_state, base_fingerprint
+    from llm_core.peft.adapters import adapter_state
     from llm_core.train.optim import build_optimizer
 
     cuts = cut_parameters(spec, layout, adapter_shapes(spec, pet))
@@ -134,7 +139,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         from llm_core.parallel.share import own_pieces
 
         store.share, pieces = Share(layout, comm.rank, cuts), own_pieces(spec, comm, cuts)
-    nets = _build_nets(config, spec, pet, adapter, resumed, store.share, pieces)
+    nets, base = _build_nets(config, spec, pet, adapter, resumed, store.share, pieces)
     for net in nets:
         apply_recompute(net, config.recompute_config)
     net = nets[0]
@@ -190,7 +195,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         load=lambda tensors: _set_all(every, tensors, stepper),
         comm=comm,
         settings=settings,
-        adapter=None if pet is None else adapter_state(pet, config.load_checkpoint, base_fingerprint(net, store.share)),
+        adapter=None if pet is None else adapter_state(pet, config.load_checkpoint, base),
         trainable=_saved_alone(config, parameters if pet is None else saved.values()),
         timeline=Timeline(keep=bool(config.profile)),
         **({} if comm is None else {"stop": StopTogether(comm)}),
@@ -246,22 +251,28 @@ def _save_intervals(checkpoints: Any) -> dict[str, Any]:
 def _build_nets(
     config: RunConfig, spec: DecoderSpec, pet: Any, adapter: Adapter | None, resumed: ResumePoint | None,
     share: Share | None, pieces: list[dict[str, Any]],
-) -> list[nn.Cell]:  # fmt: skip
+) -> tuple[list[nn.Cell], dict[str, str]]:  # fmt: skip
     """The network, or this rank's `pieces` of it, with its starting weights. A resumed run restores its own
     later; of an adapter's run these are the adapter alone, so its base is loaded in any case."""
-    from llm_core.peft.adapters import load_adapter, load_base
+    from llm_core.peft.adapters import base_fingerprint, load_adapter, load_base
     from llm_core.peft.apply import build_net
     from llm_core.peft.lora_linear import reset_magnitudes
 
     restored = resumed is not None and pet is None
     seed = None if config.load_checkpoint or restored else config.seed
     nets = [build_net(spec, pet, seed, adapter_seed=config.seed, **each) for each in pieces]
+    base: dict[str, str] = {}  # fingerprint of what is not trained
     for net in nets:
         if config.load_checkpoint and not restored:
-            report = load_base(net, config.load_checkpoint, share, config.src_strategy_path_or_dir)
+            strategy = config.src_strategy_path_or_dir or config.parallel.strategy_ckpt_load_file or ""
+            report = load_base(net, config.load_checkpoint, share, strategy)
             console.info(f"{config.load_checkpoint}: {report.line()}")
+            found = report.fingerprint
+        else:
+            found = {} if pet is None else base_fingerprint(net, share)
+        base.update(found)
         if adapter is not None:
-            load_adapter(net, adapter, share)
+            load_adapter(net, adapter, share, found)
         elif pet is not None:
             reset_magnitudes(net)
     if len(nets) > 1:
@@ -270,7 +281,7 @@ def _build_nets(
         share_prefix(nets)
     if adapter is not None:
         console.info(adapter.line())
-    return nets
+    return nets, base
 
 
 def _saved_alone(config: RunConfig, parameters: Iterable[Any]) -> frozenset[str] | None:
