@@ -146,7 +146,9 @@ class Planner:
 
     def _unreachable(self, devices: int) -> str:
         spec = self.job.spec
-        near = next((n for n in range(devices - 1, 0, -1) if any(True for _ in self._every(n, Layout()))), 1)
+        most = self.job.records * spec.num_heads  # a pipeline needs a micro-batch a stage
+        fewer = range(min(devices - 1, most), 0, -1)
+        near = next(n for n in fewer if any(True for _ in self._every(n, Layout())))
         return (
             f"--devices {devices}: no layout of so many ranks goes with this model: data_parallel must divide the "
             f"{self.job.records} records of an update, model_parallel the {spec.num_heads} heads and the feed-forward "
@@ -254,7 +256,8 @@ def _require_batch(job: Job, layout: Layout) -> None:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _powers(number: int, limit: int) -> list[int]:

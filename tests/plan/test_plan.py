@@ -176,6 +176,7 @@ def test_steps_come_from_the_manifest_beside_the_records(tmp_path: Path, capsys:
         (["--device", "B200"], "--device B200: unknown device; give one of 910A, 910B, A100, H100, H200, cpu"),
         (["--devices", "0"], "--devices 0: give a number of devices, 1 or more"),
         (["--devices", "101"], "no layout of so many ranks goes with this model"),
+        (["--devices", "999999937"], "2048 devices can be used"),
         (["--devices", "eight"], "invalid int value: 'eight'"),
         (["--mp", "5"], "parallel_config.model_parallel: 5 does not divide num_heads, 32"),
         (["--pp", "64", "--micro_batch_num", "2"], "do not fill 64 pipeline stages"),
