@@ -116,7 +116,7 @@ def test_help_names_every_flag_and_verb(run) -> None:
 @pytest.mark.parametrize("flag", [flag.name for flag in cli.FLAGS])
 def test_every_flag_reaches_a_key(flag: str, file: str) -> None:
     values = {"--run_mode": "eval", "--device_target": "CPU", "--use_parallel": "false", "--task": "text_generation"}
-    values["--pet_method"] = "lora"
+    values |= {"--pet_method": "lora", "--deepspeed": "deepspeed_zero2"}
     numbers = {spec.name for spec in cli.FLAGS if spec.metavar == "N"}
     value = values.get(flag, "1" if flag in numbers or "BOOL" in str(spec_of(flag).metavar) else "some/path")
     given = overrides(flag, value)
@@ -207,10 +207,11 @@ def test_mistakes_end_with_code_2_and_one_message(argv: list[str], said: str, ru
 
 
 def test_what_a_run_lacks_is_said_before_it_starts(run, file: str) -> None:
-    code, _, err = run("--config", file, "--run_mode", "train", "--use_parallel", "True", "--do_eval", "True")
+    code, _, err = run("--config", file, "--run_mode", "train", "--use_parallel", "True", "--dp", "2",
+                       "--do_eval", "True")
     assert code == 2
     lines = err.splitlines()
-    assert any(line.startswith("--use_parallel: True, but runs of several ranks are not built yet") for line in lines)
+    assert any(line.startswith("--use_parallel: data_parallel x model_parallel x") for line in lines)
     for part in (
         "add --use_parallel False",
         "add --train_dataset_dir FILE",
@@ -222,10 +223,25 @@ def test_what_a_run_lacks_is_said_before_it_starts(run, file: str) -> None:
     assert "--eval_dataset_dir" in run("--config", file, "--run_mode", "eval")[2]
 
 
-def test_several_ranks_are_refused_not_run_side_by_side(run, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_than_the_layouts_are_refused(run, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ("--config", file, "--run_mode", "predict", "--predict_data", "x", "--use_parallel", "True", "--dp", "2")
+    assert "1 x 1 = 2 ranks, and 1 is started: start them with bash scripts/msrun_launcher.sh" in run(*argv)[2]
     monkeypatch.setenv("MS_WORKER_NUM", "4")
-    argv = ("--config", file, "--run_mode", "predict", "--predict_data", "x", "--use_parallel", "True")
-    assert "--use_parallel: 4 ranks, but runs of several ranks are not built yet" in run(*argv)[2]
+    assert "--dp: parallel_config: data_parallel x model_parallel x pipeline_stage = 2 x 1 x 1 = 2 ranks, and 4 are" in run(*argv)[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--pp", "2", "--micro_batch_num", "1"), "1 is below pipeline_stage 2"),
+        (("--parallel_config.context_parallel", "2"), "a sequence is not shared between ranks"),
+        (("--pp", "2"), "prediction does not run in a pipeline"),
+        (("--deepspeed", "deepspeed_zero4"), "is none of 0, 1, 2, 3"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(flags: tuple[str, ...], said: str, run, file: str) -> None:
+    argv = ("--config", file, "--run_mode", "predict", "--predict_data", "x", "--use_parallel", "True", *flags)
+    assert said in run(*argv)[2]
 
 
 def test_an_environment_fault_ends_with_code_1(run, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _need_ranks(config: RunConfig, need: Any) -> None:
 
 def _need_layout(config: RunConfig, need: Any) -> None:
     """Nothing that several ranks cannot do."""
-    layout, model, context = config.parallel_config, config.model.config, config.parallel
+    layout = config.parallel_config
     need(layout.context_parallel == 1, "parallel_config.context_parallel", "a sequence is not shared between ranks")
     need(layout.expert_parallel == 1, "parallel_config.expert_parallel", "no family here has experts; set it to 1")
     stages = layout.pipeline_stage
@@ -163,6 +163,18 @@ def _need_layout(config: RunConfig, need: Any) -> None:
         stages == 1 or layout.micro_batch_num >= stages, "parallel_config.micro_batch_num",
         f"{layout.micro_batch_num} is below pipeline_stage {stages}: stages would idle; take {stages} or more",
     )  # fmt: skip
+    if stages > 1:
+        need(config.run_mode != "predict", "parallel_config.pipeline_stage", "prediction does not run in a pipeline: 1")
+        need(config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor does not run in a pipeline")
+        writes = config.model.arch.type.endswith("ForCausalLM")
+        need(writes or not config.do_eval, "do_eval", "a classifier in a pipeline is not measured: set it to False")
+    if config.run_mode in ("train", "finetune"):
+        _need_trainable_layout(config, need)
+
+
+def _need_trainable_layout(config: RunConfig, need: Any) -> None:
+    """Of a layout, what only training needs: evaluation and prediction use neither ZeRO nor sequence parallelism."""
+    layout, model, context = config.parallel_config, config.model.config, config.parallel
     zero = max(context.zero_stage, int(context.enable_parallel_optimizer)) if layout.data_parallel > 1 else 0
     optimizer = config.optimizer.type if config.optimizer is not None else ""
     need(
@@ -174,11 +186,6 @@ def _need_layout(config: RunConfig, need: Any) -> None:
         "model.model_config.pet_config.use_dora",
         "needs whole weights, which no rank has under model_parallel or zero_stage 3: take plain LoRA",
     )
-    if stages > 1:
-        need(config.run_mode != "predict", "parallel_config.pipeline_stage", "prediction does not run in a pipeline: 1")
-        need(config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor does not run in a pipeline")
-        writes = config.model.arch.type.endswith("ForCausalLM")
-        need(writes or not config.do_eval, "do_eval", "a classifier in a pipeline is not measured: set it to False")
     if layout.use_seq_parallel and layout.model_parallel > 1:
         need(config.callback("SampleMonitor") is None, "callbacks", "SampleMonitor does not run with use_seq_parallel")
         rows = config.runner_config.batch_size * model.seq_length
