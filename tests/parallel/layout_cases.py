@@ -191,6 +191,18 @@ def losses(folder: Path, case: Case) -> np.ndarray:
     return np.array([[line["loss"], line["global_norm"]] for line in lines if "loss" in line])
 
 
+def held_elements(folder: Path, case: Case, rank: int) -> tuple[int, int]:
+    """What the rank's own checkpoint holds: elements of parameters, and of the optimizer's state."""
+    from llm_core.checkpoint.files import open_tensor_file
+
+    (path,) = (folder / case.name / "checkpoint" / f"rank_{rank}").glob("*.safetensors")
+    file = open_tensor_file(path)
+    counts = {name: int(np.prod(head.shape)) for name, head in file.heads.items()}
+    file.close()
+    state = sum(count for name, count in counts.items() if name.startswith("adam_"))
+    return sum(counts.values()) - state, state
+
+
 def final_weights(folder: Path, case: Case) -> dict[str, np.ndarray]:
     """What the last checkpoint holds of the model, put together from all ranks."""
     from llm_core.checkpoint.weights import read_weights

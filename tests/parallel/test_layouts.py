@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layout_cases import COVERING, MATRIX, STEPS, Case, final_weights, launch, losses, write_records
+from layout_cases import COVERING, MATRIX, STEPS, Case, final_weights, held_elements, launch, losses, write_records
 
 TOLERANCE = 1e-5  # relative, of losses and of every weight
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks/results/parallel_matrix.json"
@@ -50,6 +50,18 @@ def difference(folder: Path, case: Case) -> str:
 def test_a_covering_set_of_layouts_gives_one_processes_numbers(tmp_path):
     wrong = {name: what for name, what in run_all(tmp_path, COVERING).items() if what}
     assert not wrong
+    # 32 wide, 4 layers, 2 of 4 heads for keys, 48 wide feed-forward, 96 ids; vectors are the norms
+    matrices, vectors = 4 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 2 * 96 * 32, 9 * 32
+    whole = matrices + vectors
+    half, quarter = (matrices // ranks + vectors for ranks in (2, 4))
+    held = {  # of layouts of a Llama whose weights are all trained: parameters, and state, which is twice as much
+        Case(dp=2): (whole, 2 * whole),
+        Case(dp=2, zero=3): (half, 2 * half),
+        # the embedding is whole under tp, and every rank has one of the two key/value heads, which two ranks share
+        Case(tp=4): ((n := 4 * (32 * 8 * 2 + 32 * 8 * 2 + 3 * 32 * 12) + 96 * 8 * 4 + 24 * 32 + vectors), 2 * n),
+    }
+    for case, counts in held.items():
+        assert held_elements(tmp_path, case, 0) == counts, case.name
 
 
 @pytest.mark.matrix
