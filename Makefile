@@ -1,5 +1,6 @@
 # make demo     set up, then: corpus, tokenizer, pretraining, perplexity, fine-tuning, an answer (10 minutes)
 # make test     set up, then the tests; those that compare with torch run where `make parity` has installed it
+# make test-matrix   set up, then training in every layout, for two families and three tunings (half an hour)
 # make parity   torch, transformers and peft into .venv: the oracles of tests and benchmarks
 # make mindformers   MindFormers 1.9.0 into .venv-mindformers, and the tests of the bridge there
 # make bench    every benchmark against its peer; one line a figure at the end
@@ -25,7 +26,7 @@ define require_python
        "Found: $$($(or $(PYTHON),python3) --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 endef
 
-.PHONY: setup demo test parity mindformers bench kernels lint clean
+.PHONY: setup demo test test-matrix parity mindformers bench kernels lint clean
 
 setup: $(VENV)/.ready
 
@@ -47,6 +48,9 @@ demo: setup
 # A process a core, at most four; one that has nothing left takes over half of what another has still before it.
 test: setup
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+test-matrix: setup
+	RUN_MATRIX=1 $(BIN)/python -m pytest -q -m matrix tests/parallel
 
 parity: $(VENV)/.parity
 

@@ -76,6 +76,10 @@ def test_command_of_the_readme(command, monkeypatch, tmp_path):
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
     elif program == "bash":
         subprocess.run(["bash", "-n", arguments[0]], check=True, timeout=60)
+        if arguments[0].endswith("launcher.sh"):
+            script, *inner = shlex.split(arguments[1])
+            assert script == "run_llm.py"
+            check_run_llm(inner, monkeypatch, tmp_path)
     elif program == "python" and arguments[0] == "run_llm.py":
         check_run_llm(arguments[1:], monkeypatch, tmp_path)
     elif program == "python" and arguments[0] == "-m":
