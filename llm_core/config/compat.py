@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llm_core.config.device_section import ASCEND_ONLY
+from llm_core.config.device_section import ASCEND_ONLY, LAYOUT_KEYS_UNUSED
 from llm_core.config.schema import RunConfig
 from llm_core.config.tree import Node, Problems, find, plain
 
@@ -117,7 +117,15 @@ def map_to_device(config: RunConfig, tree: Node, device: str) -> tuple[RunConfig
 def _notes_on_layout(config: RunConfig) -> list[str]:
     given = {"auto_trans_ckpt": config.auto_trans_ckpt, "transform_process_num": config.transform_process_num > 1}
     named = [path for path, value in given.items() if value]
-    return [f"{', '.join(named)}: not needed: weights of any layout are read as what a rank holds"] if named else []
+    notes = [f"{', '.join(named)}: not needed: weights of any layout are read as what a rank holds"] if named else []
+    if config.use_parallel:
+        sections = {name: getattr(config, name) for name in LAYOUT_KEYS_UNUSED}
+        named = [
+            f"{name}.{key}" for name, keys in LAYOUT_KEYS_UNUSED.items() for key in keys
+            if getattr(sections[name], key) != type(sections[name]).model_fields[key].default
+        ]  # fmt: skip
+        notes += [f"{', '.join(named)}: nothing to choose: ranks exchange explicitly"] if named else []
+    return notes
 
 
 def _notes_on_types(config: RunConfig) -> list[str]:

@@ -71,6 +71,14 @@ ASCEND_ONLY = (
     "memory_optimize_level", "jit_config", "ascend_config", "infer_boost", "runtime_num_threads", "save_graphs",
 )  # fmt: skip
 
+# With explicit collectives there is nothing for these to choose.
+LAYOUT_KEYS_UNUSED = {
+    "parallel": ("parallel_mode", "gradients_mean", "enable_alltoall", "full_batch", "search_mode", "auto_pipeline",
+                 "dataset_strategy"),
+    "parallel_config": ("gradient_aggregation_group", "context_parallel_algo", "ulysses_degree_in_cp", "mem_coeff",
+                        "seq_split_num"),
+}  # fmt: skip
+
 # An environment variable can make a process load any library, so a run file may set these and no other.
 ENV_NAMES = frozenset(
     """HCCL_BUFFSIZE HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT HCCL_DETERMINISTIC HCCL_OP_EXPANSION_MODE HCCL_ALGO
@@ -133,6 +141,14 @@ class ParallelSection(Section):
     parallel_optimizer_config: ParallelOptimizerConfig | None = key(None, "Options of the sharded optimizer.")
     auto_pipeline: bool = key(False, "Let the compiler place pipeline stages.")
     dataset_strategy: str | list[Any] | None = key(None, "Layout of the input.")
+
+    @property
+    def zero(self) -> int:
+        """The stage that all of the keys come to: of the optimizer alone 1, with gradient_accumulation_shard 2."""
+        if not self.enable_parallel_optimizer:
+            return self.zero_stage
+        options = self.parallel_optimizer_config
+        return max(self.zero_stage, 2 if options is not None and options.gradient_accumulation_shard else 1)
 
 
 class ParallelConfig(Section):

@@ -175,7 +175,17 @@ def _need_layout(config: RunConfig, need: Any) -> None:
 def _need_trainable_layout(config: RunConfig, need: Any) -> None:
     """Of a layout, what only training needs: evaluation and prediction use neither ZeRO nor sequence parallelism."""
     layout, model, context = config.parallel_config, config.model.config, config.parallel
-    zero = max(context.zero_stage, int(context.enable_parallel_optimizer)) if layout.data_parallel > 1 else 0
+    zero = context.zero if layout.data_parallel > 1 else 0
+    options = context.parallel_optimizer_config
+    need(
+        options is None or options.optimizer_weight_shard_size in (-1, layout.data_parallel),
+        "parallel.parallel_optimizer_config.optimizer_weight_shard_size",
+        "is not supported: what is shared out is shared by all data_parallel ranks; set it to -1",
+    )
+    need(
+        not layout.optimizer_shard or zero > 0 or layout.data_parallel == 1, "parallel_config.optimizer_shard",
+        "is the old name: set parallel.enable_parallel_optimizer True",
+    )
     optimizer = config.optimizer.type if config.optimizer is not None else ""
     need(
         not optimizer.lower().startswith("adafactor") or (zero == 0 and layout.model_parallel == 1), "optimizer.type",

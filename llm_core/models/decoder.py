@@ -46,7 +46,9 @@ class SelfAttention(nn.Cell):
         self.wo = linear(f"{name}.wo", spec.q_size, h, spec.output_bias, std, seed)
         self.rope = core_ops.Rope() if spec.position == "rope" else None
         self.attention = core_ops.Attention(spec.head_dim, bool(spec.attention_dropout), spec.bf16)
-        self.drop = core_ops.DropoutMask(spec.attention_dropout, 3 * layer) if spec.attention_dropout else None
+        self.drop = None
+        if spec.attention_dropout:
+            self.drop = core_ops.DropoutMask(spec.attention_dropout, parts.own_site(3 * layer))
 
     def qkv(
         self, x: Tensor, angles: tuple | None, batch: int, length: int, key: Tensor | None = None
@@ -135,8 +137,8 @@ class Block(nn.Cell):
         self.feed_forward = FeedForward(f"{name}.feed_forward", spec, parts, seed)
         self.entry = parts.entry()
         rate = spec.hidden_dropout
-        self.attention_drop = core_ops.Dropout(rate, 3 * layer + 1) if rate else None
-        self.ffn_drop = core_ops.Dropout(rate, 3 * layer + 2) if rate else None
+        self.attention_drop = core_ops.Dropout(rate, parts.row_site(3 * layer + 1)) if rate else None
+        self.ffn_drop = core_ops.Dropout(rate, parts.row_site(3 * layer + 2)) if rate else None
 
     def construct(
         self, x: Tensor, angles: tuple | None, mask: Tensor, key: Tensor | None, batch: int, prefix: tuple | None = None

@@ -137,6 +137,14 @@ class Parts:
         """The position bias of these heads, see `AlibiBias`."""
         return AlibiBias(heads)
 
+    def own_site(self, site: int) -> int:
+        """The place (see `ops.DropoutMask`) of a dropout on what only this rank holds; `site` is the model's."""
+        return site
+
+    def row_site(self, site: int) -> int:
+        """The same, of a dropout on hidden states between the layers."""
+        return site
+
     def own_kv_heads(self) -> slice:
         """Which of the model's key/value heads are held."""
         return slice(None)

@@ -114,12 +114,11 @@ def layout_from_config(config: Any) -> Layout:
     asked, context = config.parallel_config, config.parallel
     sharded = context.parallel_optimizer_config
     offset = config.model.config.offset
-    zero = max(context.zero_stage, int(context.enable_parallel_optimizer))
     return Layout(
         dp=asked.data_parallel,
         tp=asked.model_parallel,
         pp=asked.pipeline_stage,
-        zero=zero if asked.data_parallel > 1 else 0,
+        zero=context.zero if asked.data_parallel > 1 else 0,
         zero_threshold=1024 * (64 if sharded is None else sharded.parallel_optimizer_threshold),
         micro_batches=asked.micro_batch_num if asked.pipeline_stage > 1 else 1,
         chunks=config.model.config.pp_interleave_num if asked.pipeline_stage > 1 else 1,

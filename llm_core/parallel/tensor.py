@@ -46,6 +46,14 @@ class ParallelParts(Parts):
             spec, num_heads=spec.num_heads // tp, num_kv_heads=kv_heads, ffn_size=spec.ffn_size // tp
         )
 
+    def own_site(self, site: int) -> int:
+        """As `Parts.own_site`: the masks of two shards are not alike."""
+        return site + (self.place.shard << 20)  # layers have the numbers below
+
+    def row_site(self, site: int) -> int:
+        """As `Parts.row_site`: with sequence parallelism every rank has other rows."""
+        return self.own_site(site) if self.by_rows else site
+
     def own_kv_heads(self) -> slice:
         """As `Parts.own_kv_heads`: where there are fewer than ranks, several have the same one."""
         count = max(self.spec.num_kv_heads // self.layout.tp, 1)

@@ -70,7 +70,8 @@ class LoraLinear(Linear):
         self.scaling = scaling(pet)
         update_bf16 = parts.bf16 if pet.compute_dtype is None else pet.compute_dtype == "bfloat16"
         self.down, self.up = core_ops.LinearProduct(update_bf16), core_ops.LinearProduct(update_bf16)
-        self.drop = core_ops.Dropout(pet.lora_dropout, _site(name)) if pet.lora_dropout else None
+        site = _site(name) if self.exit is None else parts.own_site(_site(name))  # a cut input: channels of its own
+        self.drop = core_ops.Dropout(pet.lora_dropout, site) if pet.lora_dropout else None
         self.magnitude = None
         if pet.use_dora:
             self.magnitude = Parameter(Tensor(np.ones(out_size, np.float32)), name=f"{name}.{MAGNITUDE}")

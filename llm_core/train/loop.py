@@ -108,6 +108,11 @@ class Run:
         return math.ceil(self.loader.steps_per_epoch / self.stepper.accumulation)
 
     @property
+    def ranks(self) -> int:
+        """That the work is shared by."""
+        return 1 if self.comm is None else self.comm.layout.world
+
+    @property
     def replicas(self) -> int:
         """Ranks that share the rows of every batch."""
         return 1 if self.comm is None else self.comm.layout.dp
@@ -294,10 +299,10 @@ def _report(
         line = format_step_line(
             epoch=epoch, epochs=run.epochs, step=step_in_epoch, steps_per_epoch=run.steps_per_epoch, loss=result.loss,
             step_ms=1e3 * seconds, lr=lr, overflow=overflow, loss_scale=scale, global_norm=result.norm,
-            tflops=run.flops_per_sample * samples / seconds / 1e12,
+            tflops=run.flops_per_sample * samples / seconds / 1e12 / run.ranks,
         )
         left = format_bar_line(
-            done=step, total=run.total_steps, samples_per_second=samples / seconds,
+            done=step, total=run.total_steps, samples_per_second=samples / seconds / run.ranks,
             seconds_left=mean_seconds * (run.total_steps - step),
         )
         console.log(line)

@@ -15,6 +15,7 @@ from llm_core.checkpoint.reshard import Share
 from llm_core.config import LoadedConfig, RunConfig
 from llm_core.data.loader import Loader
 from llm_core.data.open import open_loader
+from llm_core.errors import UserError
 from llm_core.infer.load import end_ids, load_fitting_tokenizer
 from llm_core.models.spec import DecoderSpec, spec_from_config
 from llm_core.parallel.cuts import cut_parameters
@@ -104,6 +105,8 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     loader = open_loader(config, config.train_dataset, "train", replica, layout.dp)
     eval_loader = open_loader(config, config.eval_dataset, "eval", replica, layout.dp) if config.do_eval else None
 
+    if eval_loader is not None and layout.sequence_parallel:
+        _require_even_rows(eval_loader, layout)
     accumulation = (config.runner_config.gradient_accumulation_steps or 1) * layout.micro_batches
     steps_per_epoch = -(-loader.steps_per_epoch // accumulation)
     epochs = config.runner_config.epochs
@@ -216,6 +219,17 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         first = max(config.profile_start_step, 2)  # the first step compiles: that is not what one wants to see
         run.operators = OperatorProfile(folder, before + first, before + config.profile_stop_step)
     return run
+
+
+def _require_even_rows(loader: Loader, layout: Layout) -> None:
+    """UserError unless use_seq_parallel can share out the rows of an evaluation's batches."""
+    length = loader.records.columns["input_ids"] - 1
+    if loader.batch_size * length % layout.tp:
+        raise UserError(
+            f"{loader.records.path}: batches of {loader.batch_size} x {length} tokens are not shared evenly by "
+            f"model_parallel {layout.tp} with use_seq_parallel: write the records with one token more, or change "
+            "batch_size"
+        )
 
 
 def _metrics(config: RunConfig, resumed: ResumePoint | None) -> MetricsLog:
