@@ -85,7 +85,7 @@ def start(config: Any) -> None:
     """Import MindSpore and set it up for a run: GRAPH_MODE, device, seed, and on Ascend the YAML's context.
 
     Args:
-        config: a `RunConfig`; read are `seed`, `context` and, on Ascend, `env`.
+        config: a `RunConfig`; read are `seed`, `context` and, on Ascend, `env` and `use_parallel`.
     """
     prepare_environment()
     if config.context.device_target == "Ascend":  # not verified here: there is no such device
@@ -97,7 +97,9 @@ def start(config: Any) -> None:
     ms.set_context(mode=context.mode, device_target=context.device_target, max_call_depth=context.max_call_depth)
     ms.set_seed(max(int(config.seed), 0))
     if config.context.device_target == "Ascend":  # not verified here
-        ms.set_context(device_id=config.context.device_id, **_ascend_context(config.context))
+        own = os.environ.get("DEVICE_ID", "") if config.use_parallel else ""  # the launcher's, of each rank
+        device = int(own) if own.isdecimal() else config.context.device_id
+        ms.set_context(device_id=device, **_ascend_context(config.context))
 
 
 def _ascend_context(context: Any) -> dict[str, Any]:

@@ -125,6 +125,15 @@ def _notes_on_layout(config: RunConfig) -> list[str]:
             if getattr(sections[name], key) != type(sections[name]).model_fields[key].default
         ]  # fmt: skip
         notes += [f"{', '.join(named)}: nothing to choose: ranks exchange explicitly"] if named else []
+        layout, chunks = config.parallel_config, config.model.config.pp_interleave_num
+        unused = {
+            "parallel.zero_stage": config.parallel.zero_stage > 0 and layout.data_parallel == 1,
+            "parallel_config.use_seq_parallel": layout.use_seq_parallel and layout.model_parallel == 1,
+            "parallel_config.micro_batch_num": layout.micro_batch_num > 1 and layout.pipeline_stage == 1,
+            "model.model_config.pp_interleave_num": chunks > 1 and layout.pipeline_stage == 1,
+        }
+        named = [path for path, is_unused in unused.items() if is_unused]
+        notes += [f"{', '.join(named)}: not used: the layout has no such ranks"] if named else []
     return notes
 
 

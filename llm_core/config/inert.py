@@ -30,7 +30,7 @@ _PROFILER = "an option of MindSpore's profiler; profile_start_step and profile_s
 _ASCEND_GRAPH = "an option of MindFormers' Ascend graph that changes no number"
 _TOKENIZER = "the tokenizer's file says it"
 _DECODE = "generation always uses a key/value cache of static shape"
-_COLLECTIVES = "there is no collective in the recomputed part"
+_COLLECTIVES = "the collectives of a recomputed layer are repeated with it"
 _OFF = (None, False)
 
 INERT: dict[str, Inert] = {
@@ -39,7 +39,7 @@ INERT: dict[str, Inert] = {
     "load_ckpt_format": Inert("the format of load_checkpoint is seen from the file"),
     "ignore_data_skip": Inert("a checkpoint holds the exact place in the data, and resuming takes it up", _OFF),
     "data_skip_steps": Inert("a checkpoint holds the exact place in the data, and resuming takes it up", (None, 0)),
-    "micro_batch_interleave_num": Inert(_ASCEND_GRAPH),
+    "micro_batch_interleave_num": Inert("multiply batch_size or gradient_accumulation_steps by it", (None, 1)),
     "layer_scale": Inert(_VISION),
     "layer_decay": Inert(_VISION),
     "lr_scale": Inert("the rate is lr_schedule.learning_rate as given", _OFF),
@@ -98,7 +98,7 @@ INERT: dict[str, Inert] = {
     "callbacks[CheckpointMonitor].integrated_save": Inert("a checkpoint is always whole, or a rank's own part"),
     "callbacks[CheckpointMonitor].async_save": Inert("a checkpoint is on the disk before the next step begins"),
     "callbacks[CheckpointMonitor].exception_save": Inert("a checkpoint is written at SIGINT and SIGTERM in any case"),
-    "callbacks[CheckpointMonitor].remove_redundancy": Inert("nothing is written twice"),
+    "callbacks[CheckpointMonitor].remove_redundancy": Inert("every rank writes what it holds"),
     "callbacks[CheckpointMonitor].save_optimizer": Inert("the optimizer's state is always saved"),
     # model
     "model.model_config.batch_size": Inert("runner_config.batch_size and predict_batch_size say it"),

@@ -95,6 +95,14 @@ class RunConfig(Section):
     parallel_config: ParallelConfig = key(ParallelConfig.model_construct(), "The layout.")
     recompute_config: RecomputeConfig = key(RecomputeConfig.model_construct(), "Activations computed again.")
 
+    @property
+    def source_strategy(self) -> str:
+        """The file or folder that says how the ranks that wrote load_checkpoint had shared it out; "" if none does."""
+        newer = self.parallel.strategy_ckpt_config
+        return (
+            self.src_strategy_path_or_dir or self.parallel.strategy_ckpt_load_file or (newer and newer.load_file) or ""
+        )
+
     def callback(self, kind: str) -> Any:
         """The first callback of this type; None if there is none."""
         return next((callback for callback in self.callbacks if callback.type == kind), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from typing import Any
@@ -119,8 +118,10 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
     if config.use_parallel:
         _need_ranks(config, need)
         _need_layout(config, need)
-    else:
-        need(not config.only_save_strategy, "only_save_strategy", "one process has no layout to save; set it to False")
+    need(
+        not config.only_save_strategy or (config.use_parallel and _ranks(config) > 1), "only_save_strategy",
+        "one process has no layout to save; set it to False",
+    )
     if mode in ("train", "finetune"):
         _need_training(config, need)
     measures_records = mode == "eval" and any(metric.type != "ChoiceMetric" for metric in config.metric)
@@ -140,10 +141,10 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
 
 def _need_ranks(config: RunConfig, need: Any) -> None:
     """As many processes as the layout has ranks."""
-    layout = config.parallel_config
+    layout, ranks = config.parallel_config, _ranks(config)
     sizes = (layout.data_parallel, layout.model_parallel, layout.pipeline_stage)
-    ranks = math.prod(sizes)
-    started = int(os.environ.get("MS_WORKER_NUM") or os.environ.get("RANK_SIZE") or 1)
+    sizes_given = (os.environ.get(name, "") for name in ("MS_WORKER_NUM", "RANK_SIZE"))
+    started = next((int(size) for size in sizes_given if size.isdecimal()), 1)
     product = " x ".join(map(str, sizes))
     need(
         started == ranks, "parallel_config" if started > 1 else "use_parallel",
@@ -153,9 +154,21 @@ def _need_ranks(config: RunConfig, need: Any) -> None:
     )  # fmt: skip
 
 
+def _ranks(config: RunConfig) -> int:
+    layout = config.parallel_config
+    return layout.data_parallel * layout.model_parallel * layout.pipeline_stage
+
+
 def _need_layout(config: RunConfig, need: Any) -> None:
     """Nothing that several ranks cannot do."""
     layout = config.parallel_config
+    need(
+        config.parallel.full_batch or layout.model_parallel * layout.pipeline_stage == 1, "parallel.full_batch",
+        "False is not supported with model_parallel or pipeline_stage: batch_size is that of a data_parallel rank; "
+        "set it to True",
+    )  # fmt: skip
+    offset = config.model.config.offset
+    need(not isinstance(offset, int) or offset == 0, "model.model_config.offset", "is a list, a number for each stage")
     need(layout.context_parallel == 1, "parallel_config.context_parallel", "a sequence is not shared between ranks")
     need(layout.expert_parallel == 1, "parallel_config.expert_parallel", "no family here has experts; set it to 1")
     stages = layout.pipeline_stage
@@ -178,9 +191,9 @@ def _need_trainable_layout(config: RunConfig, need: Any) -> None:
     zero = context.zero if layout.data_parallel > 1 else 0
     options = context.parallel_optimizer_config
     need(
-        options is None or options.optimizer_weight_shard_size in (-1, layout.data_parallel),
+        options is None or zero == 0 or options.optimizer_weight_shard_size in (-1, layout.data_parallel),
         "parallel.parallel_optimizer_config.optimizer_weight_shard_size",
-        "is not supported: what is shared out is shared by all data_parallel ranks; set it to -1",
+        f"what is shared out is shared by all data_parallel ranks: -1, or {layout.data_parallel}",
     )
     need(
         not layout.optimizer_shard or zero > 0 or layout.data_parallel == 1, "parallel_config.optimizer_shard",

@@ -80,13 +80,15 @@ def load_pieces(
     nets = []
     for piece in pieces:
         net, report = net_with_adapter(
-            spec, config.load_checkpoint, adapter, share, config.src_strategy_path_or_dir, **piece
+            spec, config.load_checkpoint, adapter, share, config.source_strategy, **piece
         )
         nets.append(net.set_train(False))
         console.info(f"{config.load_checkpoint}: {report.line()}")
     if adapter is not None:
         console.info(adapter.line() + (", merged into the weights" if is_merged(spec, pet) else ""))
     console.info(f"model: {describe_parameters(spec, pet)}")
+    if comm is not None:
+        comm.gate()  # to load weights takes ranks unequal times
     return nets, spec, tokenizer
 
 

@@ -249,4 +249,6 @@ def _has_plain_layers(net: CausalLM) -> bool:
 def _is_plain(layer: Block) -> bool:
     attention, feed = layer.attention, layer.feed_forward
     linears = (attention.wq, attention.wk, attention.wv, attention.wo, feed.w1, feed.w3, feed.w2)
-    return all(linear.is_plain and linear.bias is None and linear.exit is None for linear in linears)
+    return all(
+        linear.is_plain and linear.bias is None and linear.exit is None and linear.read is None for linear in linears
+    )

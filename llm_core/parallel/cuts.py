@@ -155,6 +155,8 @@ def _cut(name: str, shape: tuple[int, ...], spec: DecoderSpec, layout: Layout, s
     cut = Cut(shape, axis, parts, stages, partial, zero=False)
     large = prod(cut.part_shape) * _BYTES >= layout.zero_threshold
     fits = len(shape) > 1 and cut.part_shape[0] % layout.dp == 0 and _ADAPTER not in name
+    if spec.head != "causal" and name.startswith(f"{HEAD_NAMES[spec.head]}."):  # a classifier's, made whole
+        fits = False
     if layout.zero > 1 and len(stages) > 1:  # two stages would sum it within their passes, each at another time
         fits = False
     zero = layout.zero > 0 and layout.dp > 1 and large and fits

@@ -90,13 +90,14 @@ class Layout:
         if self.offset:
             if len(self.offset) != count or sum(self.offset):
                 raise UserError(
-                    f"model_config.offset: {list(self.offset)} must have {count} numbers (one a stage), whose sum is 0"
+                    f"model_config.offset: {list(self.offset)} must have {count} numbers, one for each piece of the "
+                    "pipeline, whose sum is 0"
                 )
             sizes = [size + more for size, more in zip(sizes, self.offset, strict=True)]
         if min(sizes) < 1:
             raise UserError(
                 f"parallel_config.pipeline_stage: {num_layers} layers on {count} pipeline pieces leave a piece without "
-                f"a layer ({sizes}); take fewer stages"
+                f"a layer ({sizes}); take fewer stages, or another offset"
             )
         ends = [sum(sizes[: i + 1]) for i in range(count)]
         return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
@@ -124,5 +125,5 @@ def layout_from_config(config: Any) -> Layout:
         chunks=config.model.config.pp_interleave_num if asked.pipeline_stage > 1 else 1,
         sequence_parallel=asked.use_seq_parallel and asked.model_parallel > 1,
         whole_embedding=asked.vocab_emb_dp and asked.pipeline_stage == 1,
-        offset=tuple(offset) if isinstance(offset, list | tuple) else (),
+        offset=tuple(offset) if isinstance(offset, list | tuple) and asked.pipeline_stage > 1 else (),
     )

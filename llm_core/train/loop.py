@@ -172,6 +172,8 @@ def fit(run: Run) -> int:
 
 def _train(run: Run) -> None:
     cursor = run.cursor
+    if run.comm is not None:
+        run.comm.gate()  # to restore a checkpoint takes ranks unequal times
     with _bar(run) as bar:
         while cursor.step < run.total_steps:
             for window in _windows(run):
@@ -364,7 +366,8 @@ def restore(run: Run, tensors: dict[str, np.ndarray], state: dict[str, Any], eve
     run.load(tensors)
     run.cursor = Cursor(**state["cursor"])
     batch = run.loader.batch_size * run.replicas  # under another layout a batch may hold more or fewer records
-    run.cursor.batch = run.cursor.batch * state.get("records_per_batch", batch) // batch
+    saved = state.get("records_per_batch", state["settings"].get("batch_size", batch))
+    run.cursor.batch = run.cursor.batch * saved // batch
     run.loss_scale.load_state_dict(state["loss_scale"])
     run.anomaly.load_state_dict(state["anomaly"])
     if events is not None:

@@ -81,6 +81,16 @@ class Adam(Optimizer):
         return step
 
 
+class Idle(Optimizer):
+    """Of a rank that holds nothing which learns, while others do: it changes nothing."""
+
+    def __init__(self):
+        super().__init__((), 0.0)
+
+    def construct(self, grads, lr, step, coef):
+        return step
+
+
 class SGD(Optimizer):
     """Gradient descent with momentum, Nesterov's form if asked, L2 decay (torch's rule, no dampening)."""
 

@@ -119,7 +119,9 @@ def require_same_run(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     if changes:
         raise UserError(
             f"resume_training: this is another run than the one that was saved: {'; '.join(changes)}. Resume with the "
-            "old values, or start a new run from these weights with --load_checkpoint"
+            "old values, or start a new run from these weights with --load_checkpoint. (records_per_step is batch_size "
+            "x data_parallel x gradient_accumulation_steps, in a pipeline x micro_batch_num; with drop_remainder True "
+            "the number of steps can depend on how it is made up)"
         )
 
 

@@ -23,7 +23,7 @@ from llm_core.parallel.join import join_ranks
 from llm_core.parallel.layout import Layout
 from llm_core.parallel.stop import StopTogether
 from llm_core.peft.adapters import Adapter, open_adapter
-from llm_core.peft.apply import adapter_shapes, describe_parameters, is_saved, parameter_counts
+from llm_core.peft.apply import adapter_shapes, describe_parameters, is_saved, is_trainable, parameter_counts
 from llm_core.report.console import console
 from llm_core.report.environment import save_run_record
 from llm_core.report.metrics import MetricsLog
@@ -79,7 +79,7 @@ def train(loaded: LoadedConfig) -> int:
     for line in run.timeline.table():
         (console.result if config.profile else console.detail)(line)
     if run.operators is not None:
-        trace = output_dir / "profile" / "timeline.json"
+        trace = run.operators.folder / "timeline.json"
         run.timeline.write(trace)
         for line in ["", *run.operators.table(), "", f"timeline: {trace} (open it in chrome://tracing or Perfetto)"]:
             console.result(line)
@@ -96,6 +96,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     config = loaded.config
     layout = Layout() if comm is None else comm.layout
     replica = 0 if comm is None else comm.place.replica
+    reports = (comm is None or comm.rank == 0) and not config.only_save_strategy
     model = config.model.config
     spec = spec_from_config(config.model)
     samples = config.callback("SampleMonitor")
@@ -134,7 +135,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     from llm_core.models.heads import training_loss
     from llm_core.models.recompute import apply_recompute
     from llm_core.peft.adapters import adapter_state
-    from llm_core.train.optim import build_optimizer
+    from llm_core.train.optim import Idle, build_optimizer
 
     cuts = cut_parameters(spec, layout, adapter_shapes(spec, pet))
     pieces: list[dict[str, Any]] = [{}]
@@ -144,7 +145,9 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         store.share, pieces = Share(layout, comm.rank, cuts), own_pieces(spec, comm, cuts)
     nets, base = _build_nets(config, spec, pet, adapter, resumed, store.share, pieces)
     for net in nets:
-        apply_recompute(net, config.recompute_config)
+        apply_recompute(net, config.recompute_config, comm.place.stage if layout.pp > 1 else None)
+    if comm is not None:
+        comm.gate()  # to load weights takes ranks unequal times, and the groups of a stepper are made together
     net = nets[0]
     by_name = {name: parameter for each in nets for name, parameter in each.parameters_dict().items()}
     parameters = [parameter for parameter in by_name.values() if parameter.requires_grad]
@@ -160,7 +163,10 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     else:
         from llm_core.train.parallel_step import ParallelStepper, optimizer_targets
 
-        optimizer = build_optimizer(config.optimizer, optimizer_targets(parameters, cuts, comm))
+        if not parameters and any(is_trainable(name, spec, pet) for name in cuts):  # on other stages
+            optimizer = Idle()
+        else:
+            optimizer = build_optimizer(config.optimizer, optimizer_targets(parameters, cuts, comm))
         stepper = ParallelStepper(nets, parameters, cuts, optimizer, comm, **settings_of_step)
         console.info(f"rank {comm.rank} of {layout.world}: {layout.describe()}")
     console.info(describe_operators(spec))
@@ -174,7 +180,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
     every = {**saved, **{state.name: state for state in optimizer.states}}
     if resumed is not None:
         require_same_tensors(every, resumed.tensors)
-    elif earlier := store.begin():
+    elif not config.only_save_strategy and (earlier := store.begin()):
         console.warn(
             f"{store.folder}: this run's checkpoints will take the places of an earlier run's {earlier}; to go on from "
             "those, stop it and add --resume_training True"
@@ -186,7 +192,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         schedule=schedule,
         loss_scale=build_loss_scale(wrapper),
         anomaly=AnomalyPolicy(**config.anomaly.model_dump()),
-        metrics=_metrics(config, resumed) if comm is None or comm.rank == 0 else None,
+        metrics=_metrics(config, resumed) if reports else None,
         intervals=_intervals(config, steps_per_epoch),
         epochs=epochs,
         total_steps=min(total_steps, config.runner_config.stop_step or total_steps),
@@ -214,7 +220,7 @@ def build(loaded: LoadedConfig, comm: Comm | None = None) -> Run:
         run.sample = _sampler(net, spec, tokenizer, samples, config)
     run.on_step = _tensorboard(config, run) if run.metrics is not None else None
     if config.profile:
-        folder = Path(config.output_dir) / "profile"
+        folder = Path(config.output_dir) / "profile" / ("" if comm is None else f"rank_{comm.rank}")
         before = run.cursor.step  # a resumed run counts from where it begins
         first = max(config.profile_start_step, 2)  # the first step compiles: that is not what one wants to see
         run.operators = OperatorProfile(folder, before + first, before + config.profile_stop_step)
@@ -278,8 +284,7 @@ def _build_nets(
     base: dict[str, str] = {}  # fingerprint of what is not trained
     for net in nets:
         if config.load_checkpoint and not restored:
-            strategy = config.src_strategy_path_or_dir or config.parallel.strategy_ckpt_load_file or ""
-            report = load_base(net, config.load_checkpoint, share, strategy)
+            report = load_base(net, config.load_checkpoint, share, config.source_strategy)
             console.info(f"{config.load_checkpoint}: {report.line()}")
             found = report.fingerprint
         else:
