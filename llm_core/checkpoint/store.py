@@ -22,6 +22,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Container, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from llm_core.checkpoint.state_names import without_state
 from llm_core.errors import EnvironmentFault, UserError
 
 _ROOM_FOR_JSON = 1 << 16
+_SEEN_SECONDS = 60.0  # within which NFS shows what another machine has written
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class CheckpointStore:
 
     Only the run that holds `lock_output_dir(output_dir)` may save. The `keep_max` newest checkpoints are kept (0: all),
     and with `keep_per_minutes=n` the first of every n minutes besides. The best (`keep_best`: the name of the metric
-    given to `save`, lower is better) and the last are never deleted.
+    given to `save`, lower is better) and the last are never deleted, nor what no store has saved (MindFormers' own).
     """
 
     def __init__(
@@ -131,7 +133,8 @@ class CheckpointStore:
         its share of them.
         state: anything JSON holds (loss scale, data cursor, counters); `read` gives it back.
         trainable: names of the weights to be written alone into checkpoint_trainable/ as well.
-        Raises EnvironmentFault (disk full, no permission), on all ranks; the earlier checkpoints are then as they were.
+        Raises EnvironmentFault (disk full, no permission), on all ranks; the earlier checkpoints are then as they were,
+        and nothing new stays. Also, at the first save, where rank 0 does not see the other ranks' files; these stay.
         """
         if not self._cleaned:
             self.clean()
@@ -142,19 +145,33 @@ class CheckpointStore:
         agreed = self._agree(path, metric)
         version = Version("", 0, epoch, step, agreed.serial, agreed.time, metric, state or {})
         weights = without_state(tensors)
+        is_first = self._ranks > 1 and not self._said_layout
+        new: list[Path] = []
+
+        def write_one(file: Path, some: Mapping[str, np.ndarray]) -> None:
+            is_new = not file.exists()
+            self._write(file, some, version, agreed.save)
+            if is_new:
+                new.append(file)
 
         def write() -> None:
             if self._save_network_params:
-                self._write(self._network_folder / name, {key: tensors[key] for key in weights}, version, agreed.save)
+                write_one(self._network_folder / name, {key: tensors[key] for key in weights})
             if trainable is not None:
-                some = {key: tensors[key] for key in weights if key in trainable}
-                self._write(self._trainable_folder / name, some, version, agreed.save)
-            self._write(path, tensors, version, agreed.save)
-            if self._ranks > 1 and not self._said_layout:
+                write_one(self._trainable_folder / name, {key: tensors[key] for key in weights if key in trainable})
+            write_one(path, tensors)
+            if is_first:
                 self.share.save_strategy(self._output_dir, {key: array.shape for key, array in tensors.items()})
-                self._said_layout = True
 
-        self._on_all_ranks(write)
+        def take_back() -> None:
+            for file in new:
+                with suppress(OSError):
+                    _remove(file)
+
+        self._on_all_ranks(write, take_back)
+        if is_first:
+            self._on_all_ranks(lambda: self._require_in_sight(path))
+            self._said_layout = True
         write_json(self.folder / "meta.json", {"last_epoch": epoch, "last_step": step, "last_ckpt_file": name})
         if agreed.is_best:
             write_json(self._best_pointer, {"file": name, "metric": self._keep_best, "value": metric})
@@ -176,21 +193,38 @@ class CheckpointStore:
         agreed = _Agreed(serial, now, secrets.token_hex(8), is_best, keep)
         return agreed if self._meet is None else _Agreed(**json.loads(self._meet(json.dumps(asdict(agreed)))[0]))
 
-    def _on_all_ranks(self, write: Callable[[], None]) -> None:
-        """Returns when every rank has written. Raises EnvironmentFault on all of them where one has not."""
+    def _on_all_ranks(self, work: Callable[[], None], take_back: Callable[[], None] = lambda: None) -> None:
+        """Returns when every rank has done its work. Where one could not, all take theirs back and raise
+        EnvironmentFault; not where one has died, which may have been behind its work."""
         fault = None
         try:
-            write()
+            work()
         except EnvironmentFault as error:
-            if self._meet is None:
-                raise
             fault = error
-        answers = [] if self._meet is None else self._meet("" if fault is None else str(fault))
+        problem = "" if fault is None else str(fault)
+        problems = [problem] if self._meet is None else self._meet(problem)
+        if any(problems):
+            take_back()
         if fault is not None:
             raise fault
-        for rank, problem in enumerate(answers):
+        for rank, problem in enumerate(problems):
             if problem:
                 raise EnvironmentFault(f"rank {rank} could not save: {problem}")
+
+    def _require_in_sight(self, path: Path) -> None:
+        """EnvironmentFault on rank 0 if it does not see what the others have saved beside `path`."""
+        end = time.monotonic() + _SEEN_SECONDS
+        while self._rank == 0:
+            try:
+                paths_of_save(path)
+                return
+            except UserError as error:
+                if time.monotonic() > end:
+                    raise EnvironmentFault(
+                        f"{error}. output_dir has to be a folder that all ranks see: put it on a disk that the "
+                        "machines share"
+                    ) from error
+            time.sleep(0.1)
 
     def _write(self, path: Path, tensors: Mapping[str, np.ndarray], version: Version, save: str) -> None:
         heads = {key: head_of(array) for key, array in tensors.items()}
@@ -247,7 +281,8 @@ class CheckpointStore:
         return [self._shared_name(path) for path in keep]
 
     def _prune(self, keep: Collection[str] | None) -> None:
-        """Delete this rank's other checkpoints, and rank 0 those of ranks that there are no more."""
+        """Delete this rank's other checkpoints, and rank 0 those of ranks that there are no more. Files that no run of
+        ours has saved stay."""
         if keep is None:
             return
         gone = [self._rank]
@@ -259,9 +294,10 @@ class CheckpointStore:
             for path in self._files(rank):
                 if path.name not in kept:
                     for folder in self.folders:
-                        file = folder.with_name(f"rank_{rank}") / path.name
-                        file.unlink(missing_ok=True)
-                        manifest_path(file).unlink(missing_ok=True)
+                        _remove(folder.with_name(f"rank_{rank}") / path.name)
+            if rank != self._rank:
+                for folder in self.folders:
+                    _remove_emptied(folder.with_name(f"rank_{rank}"))
 
     # ---- finding and reading
 
@@ -386,6 +422,25 @@ class CheckpointStore:
 def _stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_mtime_ns, status.st_size
+
+
+def _remove(file: Path) -> None:
+    """Delete a file that a store has saved; without a manifest it is somebody else's."""
+    if manifest_path(file).exists():
+        file.unlink(missing_ok=True)
+        manifest_path(file).unlink(missing_ok=True)
+
+
+def _remove_emptied(folder: Path) -> None:
+    """Remove a folder that holds no checkpoint any more, with the pointers to those that it held."""
+    remove_stale(folder)
+    for pointer in folder.glob("*.json"):
+        content = _read_json(pointer)
+        name = content.get("last_ckpt_file") or content.get("file")
+        if name and not (folder / str(name)).exists():
+            pointer.unlink()
+    with suppress(OSError):  # somebody else's files
+        folder.rmdir()
 
 
 def _read_json(path: Path) -> dict:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -238,6 +239,41 @@ def test_a_checkpoint_of_mindspores_own(tmp_path):
     back, state, epoch, step = store.read(store.latest())
     assert (state, epoch, step) == ({}, 3, 4)
     np.testing.assert_array_equal(back["w"], np.array([1, 2], np.float32))
+
+
+def test_what_no_run_of_ours_has_saved_is_not_deleted(tmp_path):
+    """MindFormers' own checkpoints, of several ranks, in the folder that a run saves into."""
+    theirs = []
+    for rank in (0, 1):
+        for kind in ("checkpoint", "checkpoint_network"):
+            folder = tmp_path / kind / f"rank_{rank}"
+            folder.mkdir(parents=True)
+            theirs += [folder / f"llama_rank_{rank}-1_{step}.ckpt" for step in (100, 200)]
+    for path in theirs:
+        path.write_bytes(b"theirs")
+    store = CheckpointStore(tmp_path, "llama", keep_max=1, save_network_params=True)
+    for step in (1, 2):
+        store.save(1, step, tensors(step))
+    assert all(path.exists() for path in theirs)
+    for kind in ("checkpoint", "checkpoint_network"):
+        assert [path.name for path in (tmp_path / kind / "rank_0").glob("*.safetensors")] == [
+            "llama_rank_0-1_2.safetensors"
+        ]
+
+
+def test_a_failed_save_leaves_nothing_of_itself(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, "llama", save_network_params=True)
+    store.save(1, 1, tensors())
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    usage = shutil.disk_usage(tmp_path)
+
+    def room(folder):
+        return usage._replace(free=usage.free if "network" in str(folder) else 0)
+
+    monkeypatch.setattr("llm_core.checkpoint.staged.shutil.disk_usage", room)
+    with pytest.raises(EnvironmentFault, match="no room on the disk"):
+        store.save(1, 2, tensors())
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):

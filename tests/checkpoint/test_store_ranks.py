@@ -15,6 +15,7 @@ from layout_samples import LAYOUTS, SPECS, parts, whole_tensors
 from rank_stores import on_all, save_all, stores
 
 from llm_core.checkpoint import staged
+from llm_core.checkpoint import store as store_module
 from llm_core.checkpoint.store import CheckpointStore
 from llm_core.checkpoint.strategy import read_strategy
 from llm_core.checkpoint.weights import read_weights
@@ -58,7 +59,8 @@ def test_one_process_checkpoint_goes_on_as_several(tmp_path):
     assert steps_kept(tmp_path) == [4]
     alone = CheckpointStore(tmp_path, "m", keep_max=1)
     alone.save(1, 5, TENSORS, {})
-    assert [steps_kept(tmp_path, rank) for rank in range(4)] == [[5], [], [], []]
+    assert steps_kept(tmp_path) == [5]
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["rank_0"]  # nothing of the other ranks
 
 
 def test_the_step_before_is_taken_where_one_rank_has_not_saved(tmp_path):
@@ -106,10 +108,46 @@ def test_a_fault_on_one_rank_is_one_on_all(tmp_path, monkeypatch):
 
     said = on_all(every, save)
     assert said[0].startswith("rank 1 could not save: ") and "no room on the disk" in said[1]
+    assert steps_kept(tmp_path) == steps_kept(tmp_path, 1) == [1]  # what rank 0 had written of it is gone
     monkeypatch.undo()
     assert on_all(stores(tmp_path, LAYOUTS["tp2"]), lambda store: store.latest()) == [first] * 2
     save_all(every, 3, TENSORS)
-    assert steps_kept(tmp_path) == steps_kept(tmp_path, 1) == [3]  # what the fault left is gone
+    assert steps_kept(tmp_path) == steps_kept(tmp_path, 1) == [3]
+
+
+def test_ranks_that_do_not_see_the_same_folder_are_told(tmp_path, monkeypatch):
+    """Two machines with a disk of their own each: nothing that is saved there could be read again."""
+    monkeypatch.setattr("llm_core.checkpoint.store._SEEN_SECONDS", 0.2)
+    near, far = stores(tmp_path / "near", LAYOUTS["tp2"])
+    far.folder = tmp_path / "far/checkpoint/rank_1"
+
+    def save(store):
+        with pytest.raises(EnvironmentFault) as fault:
+            store.save(1, 1, parts(TENSORS, store.share), {})
+        return str(fault.value)
+
+    said = on_all([near, far], save)
+    assert "rank 1 of the 2 that saved this checkpoint is missing" in said[0]
+    assert all("output_dir has to be a folder that all ranks see" in line for line in said)
+    assert not (near.folder / "meta.json").exists()
+
+
+def test_a_file_that_comes_into_sight_late_is_waited_for(tmp_path, monkeypatch):
+    """As over NFS."""
+    every = stores(tmp_path, LAYOUTS["tp2"])
+    real, looks = store_module.paths_of_save, []
+
+    def late(path):
+        looks.append(path)
+        if len(looks) == 1:
+            raise UserError("not yet")
+        return real(path)
+
+    monkeypatch.setattr("llm_core.checkpoint.store.paths_of_save", late)
+    path = save_all(every, 1, TENSORS)
+    assert looks == [path, path]
+    save_all(every, 2, TENSORS)
+    assert len(looks) == 2  # once is enough
 
 
 def test_all_ranks_keep_the_same(tmp_path):
