@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         "--src_ckpt_dir", required=True,
         help="a run's output folder, a checkpoint of it, or a folder with rank_0, rank_1 ...; one process's files too",
     )  # fmt: skip
-    parser.add_argument("--dst_ckpt_dir", required=True, help="the folder that gets rank_0, rank_1 ...")
+    parser.add_argument(
+        "--dst_ckpt_dir", required=True, help="the folder that gets rank_0, rank_1 ...; another than the source's"
+    )
     parser.add_argument("--prefix", default="checkpoint_", help="of the files' names (default: checkpoint_)")
     parser.add_argument("--format", choices=("ckpt", "safetensors"), default="ckpt", help="their kind (default: ckpt)")
     target = parser.add_argument_group("the target's layout, by a run file or its sizes")
@@ -88,7 +90,7 @@ def _require_said(flags: argparse.Namespace) -> None:
     from llm_core.checkpoint.locate import weight_files
     from llm_core.checkpoint.reshard import shards_of
 
-    first = weight_files(flags.src_ckpt_dir)[0]
+    first = weight_files(flags.src_ckpt_dir)[0].absolute()
     beside = first.parent.name == "rank_0" and first.parent.with_name("rank_1").is_dir()
     if beside and not flags.src_ckpt_strategy and shards_of(first) is None:
         raise UserError(

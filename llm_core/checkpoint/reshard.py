@@ -21,6 +21,7 @@ import numpy as np
 from llm_core.checkpoint.dtypes import Head
 from llm_core.checkpoint.files import TensorFile, open_tensor_file
 from llm_core.checkpoint.manifest import Version, read_manifest, verified_version
+from llm_core.checkpoint.staged import environment_faults
 from llm_core.checkpoint.strategy import Box, Strategy, layout_of, write_strategy
 from llm_core.errors import UserError
 from llm_core.parallel.cuts import Cut
@@ -103,14 +104,17 @@ class Share:
 
     def save_strategy(self, output_dir: str | Path, shapes: Mapping[str, Sequence[int]]) -> Path:
         """Write this rank's strategy file, MindFormers' output_dir/strategy/ckpt_strategy_rank_N.ckpt. shapes: of the
-        tensors that it saves, by name."""
+        tensors that it saves, by name. Rank 0 removes the files of ranks that there are no more."""
         layouts = {}
         for name, shape in shapes.items():
             cut, stage = self._cut(name)
             if cut is not None:
                 layout = layout_of(cut, self.layout, stage)
                 layouts[name] = layout if any(layout.axes) else replace(layout, axes=((),) * len(shape))
-        path = Path(output_dir) / "strategy" / f"ckpt_strategy_rank_{self.rank}.ckpt"
+        folder = Path(output_dir) / "strategy"
+        if self.rank == 0:
+            _remove_strategies(folder, self.layout.world)
+        path = folder / f"ckpt_strategy_rank_{self.rank}.ckpt"
         write_strategy(path, layouts, self.layout.place(self.rank).stage)
         return path
 
@@ -118,6 +122,15 @@ class Share:
         if name in self.cuts:
             return self.cuts[name], _PARAMETER
         return self.cuts.get(name.partition(".")[2]), _STATE
+
+
+def _remove_strategies(folder: Path, ranks: int) -> None:
+    """Of an earlier run of more ranks, which would be taken for this one's."""
+    for path in folder.glob("ckpt_strategy_rank_*.ckpt"):
+        number = path.stem.rpartition("_")[2]
+        if number.isdecimal() and int(number) >= ranks:
+            with environment_faults(path):
+                path.unlink(missing_ok=True)
 
 
 def shards_entry(
@@ -214,7 +227,8 @@ def paths_of_save(path: Path) -> list[Path]:
     shards = shards_of(path)
     if shards is None:
         return [path]
-    folder = path.parent.parent
+    nameless = path.parent.name in ("", "..")  # named from within its folder, or one below it
+    folder = (path.parent.resolve() if nameless else path.parent).parent
     paths = [folder / f"rank_{rank}" / shards["file"].replace(_RANK, str(rank)) for rank in range(shards["ranks"])]
     for rank, file in enumerate(paths):
         of = f"{file}: the file of rank {rank} of the {shards['ranks']} that saved this checkpoint"

@@ -47,7 +47,8 @@ class TensorLayout:
         return (counts[0] * self.shards, *counts[1:]) if counts else ()
 
     def box(self, rank: int, whole: tuple[int, ...]) -> Box | None:
-        """Where the part of a rank (of the whole run) lies; None where its stage does not hold the tensor."""
+        """Where the part of a rank (of the whole run) lies; None where its stage does not hold the tensor. The parts
+        have to be even ones, see `counts`."""
         stage, local = divmod(rank, prod(self.matrix))
         if stage not in self.stages:
             return None
@@ -59,6 +60,16 @@ class TensorLayout:
             parts[0] = parts[0] * self.shards + _mixed((at[dim], self._size(dim)) for dim in free) % self.shards
         widths = [size // count for size, count in zip(whole, self.counts(), strict=True)]
         return tuple(slice(part * width, (part + 1) * width) for part, width in zip(parts, widths, strict=True))
+
+    def is_like(self, other: TensorLayout) -> bool:
+        """Whether the ranks of a stage hold the same parts by the other, however it says so."""
+        mine, its = (replace(layout, stages=(0,)) for layout in (self, other))
+        if mine == its:
+            return True
+        counts, ranks = mine.counts(), prod(mine.matrix)
+        if counts != its.counts() or ranks != prod(its.matrix):
+            return False
+        return all(mine.box(rank, counts) == its.box(rank, counts) for rank in range(ranks))
 
     def _size(self, dim: int) -> int:
         return self.matrix[-1 - dim]
@@ -130,16 +141,25 @@ def _dims(values: Iterable[int]) -> bytes:
 
 @dataclass(frozen=True)
 class Strategy:
-    """The layouts of all tensors of a run, by name, and its number of ranks."""
+    """The layouts of all tensors of a run, by name, and its number of ranks. path: of its file or folder."""
 
     layouts: Mapping[str, TensorLayout]
     ranks: int
+    path: Path
 
     def box(self, name: str, rank: int, whole: tuple[int, ...]) -> Box | None:
         """Where a rank's part of a tensor lies, None where it holds nothing of it. A tensor that the strategy does not
-        name (a counter) is whole on every rank."""
+        name (a counter) is whole on every rank. UserError where the strategy is of another tensor."""
         layout = self.layouts.get(name)
-        return tuple(slice(0, size) for size in whole) if layout is None else layout.box(rank, whole)
+        if layout is None:
+            return tuple(slice(0, size) for size in whole)
+        counts = layout.counts()
+        if len(counts) != len(whole) or any(size % count for size, count in zip(whole, counts, strict=True)):
+            raise UserError(
+                f"{self.path}: {name} {list(whole)} cannot be cut into {list(counts)} parts, as this strategy says: "
+                "give that of a run of this model"
+            )
+        return layout.box(rank, whole)
 
     def whole(self, name: str, held: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the whole of which a rank holds a part of the shape `held`."""
@@ -152,7 +172,8 @@ class Strategy:
 def read_strategy(path: str | Path) -> Strategy:
     """The strategy of a run: a file (of one stage, or merged), or the folder of all ranks' files.
 
-    UserError for one that is missing or damaged, and where a pipeline stage is missing.
+    UserError for one that is missing or damaged, where a pipeline stage is missing, and where files contradict each
+    other.
     """
     path = Path(path).expanduser()
     files = sorted((*path.glob("*.ckpt"), *path.glob("*.json"))) if path.is_dir() else [path]
@@ -162,6 +183,11 @@ def read_strategy(path: str | Path) -> Strategy:
     for file in files:
         for name, layout in _read_file(file):
             known = layouts.get(name, layout)
+            if not layout.is_like(known):
+                raise UserError(
+                    f"{file}: {name} is shared out otherwise than in the files before it, {files[0].name} ...: files "
+                    "of several runs? Give those of one"
+                )
             layouts[name] = replace(known, stages=tuple(sorted({*known.stages, *layout.stages})))
     if not layouts:
         raise UserError(f"{path}: this strategy names no parameter")
@@ -172,7 +198,7 @@ def read_strategy(path: str | Path) -> Strategy:
     missing = sorted(set(range(max(stages) + 1)) - stages)
     if missing:
         raise UserError(f"{path}: no parameter of pipeline stage {missing[0]}; give the folder of all ranks' files")
-    return Strategy(layouts, sizes.pop() * len(stages))
+    return Strategy(layouts, sizes.pop() * len(stages), path)
 
 
 def _read_file(file: Path) -> list[tuple[str, TensorLayout]]:

@@ -54,10 +54,11 @@ def transform(
 
     Optimizer state and the run's state go along, so that a run of the target's layout can go on from the files.
     With a `LayoutTarget` MindSpore's strategy files are written too, into folder/strategy. UserError for a suffix that
-    cannot be written, and where the model is another one.
+    cannot be written, for the folder that the source lies in, and where the model is another one.
     """
     if suffix not in WRITABLE:
         raise UserError(f"{suffix}: checkpoints are written as {' or '.join(WRITABLE)}")
+    _require_apart(source, Path(folder), target.ranks)
     source.verify()
     begun = _state_of(source)
     save = secrets.token_hex(8)
@@ -73,6 +74,16 @@ def transform(
         if isinstance(target, LayoutTarget):
             target.shares[rank].save_strategy(folder, {name: extent(box) for name, box in boxes.items()})
     return paths
+
+
+def _require_apart(source: WeightFiles, folder: Path, ranks: int) -> None:
+    """UserError for a folder whose files are the source's: replaced one by one, neither would be whole in between."""
+    places = [folder / f"rank_{rank}" for rank in range(ranks)]
+    places.append(folder / "checkpoint" / "rank_0")  # the run's own folder, with its strategy files
+    taken = {place.resolve() for place in places}
+    for file in source.files:
+        if file.path.resolve().parent in taken:
+            raise UserError(f"{folder}: holds the source itself, {file.path}: write into another folder")
 
 
 def _boxes(

@@ -179,6 +179,78 @@ def test_strategy_files_say_what_the_cuts_say(tmp_path, family, layout):
             assert box is None or strategy.whole(name, extent(box)) == whole
 
 
+def save_strategies(folder, layout):
+    """The strategy files of all ranks of a layout of the Llama."""
+    shapes = {name: array.shape for name, array in whole_tensors(SPECS["llama"]).items()}
+    for share in shares(SPECS["llama"], LAYOUTS[layout]):
+        share.save_strategy(folder, {name: shape for name, shape in shapes.items() if share.box(name, shape)})
+
+
+def test_strategy_files_of_ranks_that_there_are_no_more_go(tmp_path):
+    save_strategies(tmp_path, "pp4")
+    other = tmp_path / "strategy" / "another_ckpt_strategy_rank_3.ckpt"
+    other.write_bytes(b"")
+    save_strategies(tmp_path, "pp2")
+    own = [path.name for path in (tmp_path / "strategy").iterdir() if path != other]
+    assert sorted(own) == ["ckpt_strategy_rank_0.ckpt", "ckpt_strategy_rank_1.ckpt"]
+    assert other.exists()
+
+
+def test_strategy_files_of_two_runs_are_refused(tmp_path):
+    for name in ("tp4", "dp4_zero3"):
+        save_strategies(tmp_path / name, name)
+    mixed = tmp_path / "tp4" / "strategy"
+    (mixed / "ckpt_strategy_rank_3.ckpt").write_bytes(
+        (tmp_path / "dp4_zero3/strategy/ckpt_strategy_rank_3.ckpt").read_bytes()
+    )
+    with pytest.raises(UserError, match="rank_3.ckpt: .* is shared out otherwise than in .*: files of several runs"):
+        read_strategy(mixed)
+
+
+def test_one_sharing_in_two_words_is_no_contradiction(tmp_path):
+    """MindSpore describes a tied table in the terms of each of its uses."""
+    rest = {"field": 0, "opt_weight_shard_step": 0, "opt_weight_shard_size": 0}
+    for stage, matrix, axes in ((0, [2, 2], [0, -1]), (1, [2, 1, 2], [[1, 0], -1])):
+        tree = {
+            "parallel_strategy_item": {"op": {"stage": stage}},
+            "parallel_layout_item": {"w": {"dev_matrix": matrix, "tensor_map": axes, **rest}},
+        }
+        (tmp_path / f"{stage}.json").write_text(json.dumps(tree))
+    strategy = read_strategy(tmp_path)
+    rows = [slice(0, 4), slice(4, 8)] * 4
+    assert [strategy.box("w", rank, (8, 3)) for rank in range(8)] == [(row, slice(0, 3)) for row in rows]
+
+
+def test_a_tensor_that_the_strategy_does_not_fit_is_refused(tmp_path):
+    """No row is left out without a word."""
+    item = {"dev_matrix": [3], "tensor_map": [0, -1], "field": 0, "opt_weight_shard_step": 0}
+    path = tmp_path / "s.json"
+    item["opt_weight_shard_size"] = 0
+    path.write_text(json.dumps({"parallel_strategy_item": {}, "parallel_layout_item": {"w": item}}))
+    strategy = read_strategy(path)
+    assert strategy.box("w", 2, (9, 2)) == (slice(6, 9), slice(0, 2))
+    for shape in ((8, 2), (9,), (9, 2, 1)):
+        with pytest.raises(UserError, match=rf"s.json: w \[{', '.join(map(str, shape))}\] .* into \[3, 1\] parts"):
+            strategy.box("w", 0, shape)
+
+
+@pytest.mark.parametrize("name", ["{file}", "../rank_1/{file}", "../rank_0/../rank_1/{file}"])
+def test_a_file_may_be_named_from_within_its_folder(tmp_path, monkeypatch, name):
+    tensors = whole_tensors(SPECS["llama"])
+    paths = save_ranks(tmp_path, SPECS["llama"], LAYOUTS["tp2"], tensors)
+    monkeypatch.chdir(paths[1].parent)
+    assert_same(read_weights(name.format(file=paths[1].name)), tensors)
+    assert_same(read_weights("."), tensors)
+
+
+def test_a_name_from_the_folder_above(tmp_path, monkeypatch):
+    tensors = whole_tensors(SPECS["llama"])
+    paths = save_ranks(tmp_path, SPECS["llama"], LAYOUTS["tp2"], tensors)
+    (paths[1].parent / "inner").mkdir()
+    monkeypatch.chdir(paths[1].parent / "inner")
+    assert_same(read_weights(f"../{paths[1].name}"), tensors)
+
+
 def test_upstreams_form_of_zero_is_read(tmp_path):
     """MindSpore's parallel optimizer: the ranks that hold the same part share its rows out, here as JSON."""
     item = {"dev_matrix": [2, 2], "tensor_map": [0, -1], "field": 0, "opt_weight_shard_step": 2}

@@ -117,6 +117,36 @@ def test_by_strategy_files_of_files_without_manifests(tmp_path, transform):
     assert_same(read_weights(tmp_path / "c"), tensors)
 
 
+def snapshot(folder):
+    """Content by file."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_source_is_not_replaced(tmp_path, output, transform):
+    """Killed halfway, neither the one nor the other would be whole."""
+    config = ("--config", output / "run/config.yaml")
+    assert transform("--src_ckpt_dir", output, "--dst_ckpt_dir", tmp_path / "a", *config)[0] == 0
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    before = snapshot(tmp_path)
+    for source, target in (("a", "a"), ("link", "a"), ("a", "link"), ("output", "output"), ("a/rank_0", "a")):
+        flags = ("--src_ckpt_dir", tmp_path / source, "--dst_ckpt_dir", tmp_path / target)
+        for more in ((), (*config, "--dp", 2)):
+            code, said = transform(*flags, *more)
+            assert code == 2 and f"{tmp_path / target}" in said and "another folder" in said
+    assert snapshot(tmp_path) == before
+
+
+def test_one_rank_alone_is_not_taken_for_all_from_within_its_folder(tmp_path, monkeypatch, transform):
+    tensors = {name: array for name, array in TENSORS.items() if array.ndim}
+    for share in shares(SPEC, LAYOUTS["tp2"]):
+        folder = tmp_path / f"rank_{share.rank}"
+        folder.mkdir()
+        write(folder / "mf.ckpt", parts(tensors, share))
+    monkeypatch.chdir(tmp_path / "rank_0")
+    code, said = transform("--src_ckpt_dir", "mf.ckpt", "--dst_ckpt_dir", tmp_path / "out")
+    assert code == 2 and "--src_ckpt_strategy" in said
+
+
 def test_what_cannot_be_done_is_said(tmp_path, output, transform):
     to = ("--dst_ckpt_dir", tmp_path / "out")
     assert transform("--src_ckpt_dir", output, *to, "--mp", 3)[0] == 2
