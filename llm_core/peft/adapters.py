@@ -357,6 +357,7 @@ def load_base(net: nn.Cell, path: str, share: Share | None = None, strategy: str
     finally:
         weights.close()
     report.missing[:] = [name for name in report.missing if not is_adapter_name(name)]
+    require_head(report.missing, net.spec, net.graph_key.get("adapter"), path)
     return BaseReport(**vars(report), fingerprint=found)
 
 

@@ -129,6 +129,7 @@ def test_a_stop_signal_then_a_full_disk_on_one_rank(run_file, undisturbed, launc
         command=f"{limited} {command(run_file, tmp_path, *flags)}", RUN_LLM_COMPILE_CACHE="0",
     )  # fmt: skip
     assert group.end(200) == 0, group.errors
-    assert "rank 1 ended with code 1" in group.errors and "no room on the disk" in group.errors
+    # all ranks hear of it, and any of them may be the first to end
+    assert "ended with code 1" in group.errors and "no room on the disk" in group.errors
     assert "start 2 of at most 2" in group.errors
     assert same(losses(tmp_path), undisturbed)
