@@ -13,11 +13,13 @@ import socket
 import struct
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 from llm_core.errors import EnvironmentFault
 
 _LENGTH = struct.Struct("!Q")
 _CONNECT_SECONDS = 60.0
+_GREETING = 4096  # bytes at most: it comes from anybody who finds the port
 
 
 class GateServer:
@@ -42,8 +44,8 @@ class GateServer:
     def _serve(self, connection: socket.socket) -> None:
         """One client's messages, until it is gone."""
         try:
-            hello = _receive(connection)
-        except (OSError, ValueError):
+            hello = _receive(connection, _GREETING)
+        except (OSError, ValueError, RecursionError):
             hello = None
         if not isinstance(hello, dict) or hello.get("token") != self.token:
             connection.close()
@@ -64,22 +66,24 @@ class GateServer:
             meeting = self._meetings.setdefault(message["name"], {})
             meeting[rank] = message["value"]
             if self._gone is not None:
-                _send(self._members[rank], {"gone": self._gone})
+                self._answer(rank, {"gone": self._gone})
             elif len(meeting) == len(members):
                 del self._meetings[message["name"]]
                 values = [meeting[i] for i in members]
                 for member in members:
-                    _send(self._members[member], {"values": values})
+                    self._answer(member, {"values": values})
 
     def _leave(self, rank: int) -> None:
         """Tell those who wait, now and later, that one will never come."""
         with self._lock:
             self._gone = rank if self._gone is None else self._gone
             for waiting in {member for meeting in self._meetings.values() for member in meeting}:
-                try:
-                    _send(self._members[waiting], {"gone": self._gone})
-                except OSError:
-                    continue
+                self._answer(waiting, {"gone": self._gone})
+
+    def _answer(self, rank: int, message: dict) -> None:
+        """Send to a rank, or to nobody where it has ended: then its own thread says so."""
+        with suppress(OSError):
+            _send(self._members[rank], message)
 
 
 class Gate:
@@ -114,10 +118,15 @@ def _send(connection: socket.socket, message: dict) -> None:
     connection.sendall(_LENGTH.pack(len(content)) + content)
 
 
-def _receive(connection: socket.socket) -> dict | None:
-    """The next message; None when the other end is closed."""
+def _receive(connection: socket.socket, limit: int | None = None) -> dict | None:
+    """The next message; None when the other end is closed. ValueError for one of more bytes than the limit."""
     head = _exactly(connection, _LENGTH.size)
-    content = None if head is None else _exactly(connection, _LENGTH.unpack(head)[0])
+    if head is None:
+        return None
+    length = _LENGTH.unpack(head)[0]
+    if limit is not None and length > limit:
+        raise ValueError(f"a message of {length} bytes")
+    content = _exactly(connection, length)
     return None if content is None else json.loads(content)
 
 

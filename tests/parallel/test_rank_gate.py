@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,9 +16,14 @@ WORLD = 4
 
 
 @pytest.fixture
-def gates() -> list[Gate]:
+def server() -> GateServer:
+    """Rank 0's end."""
+    return GateServer("127.0.0.1", WORLD)
+
+
+@pytest.fixture
+def gates(server: GateServer) -> list[Gate]:
     """A rank's end each."""
-    server = GateServer("127.0.0.1", WORLD)
     return [Gate("127.0.0.1", server.port, server.token, rank) for rank in range(WORLD)]
 
 
@@ -49,3 +56,34 @@ def test_one_that_has_ended_is_named_to_those_who_wait(gates):
     heard = [f"rank {rank}: rank 2 has ended; its log says why" for rank in range(WORLD)]
     heard[2] = ""
     assert on_all(work) == heard
+
+
+def test_a_lost_connection_is_not_that_of_the_rank_that_came_last(server, gates):
+    """Rank 1's breaks while it waits; the server finds that out when it answers the meeting that rank 3 completes."""
+    for gate in gates:
+        gate._connection.settimeout(20)  # not for ever, should nobody answer
+
+    def work(rank: int) -> list[str] | str:
+        if rank == 3:
+            while len(server._meetings.get("all", ())) < WORLD - 1:
+                time.sleep(0.01)
+            server._members[1].shutdown(socket.SHUT_WR)
+        try:
+            return gates[rank].meet("all", str(rank))
+        except EnvironmentFault as fault:
+            return str(fault)
+
+    every = ["0", "1", "2", "3"]
+    assert on_all(work) == [every, "rank 1: rank 0 has ended; its log says why", every, every]
+    assert gates[3].meet("alone", "x", (3,)) == ["x"]
+
+
+@pytest.mark.parametrize("content", [struct.pack("!Q", 1 << 40), struct.pack("!Q", 4097) + b" " * 4096])
+def test_a_stranger_cannot_make_rank_0_hold_more_than_a_greeting(server, gates, content):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as stranger:
+        stranger.sendall(content)
+        try:
+            assert stranger.recv(1) == b""  # closed at once, whatever was still to come
+        except ConnectionResetError:
+            pass
+    assert on_all(lambda rank: gates[rank].meet("all", str(rank)))[2] == ["0", "1", "2", "3"]
