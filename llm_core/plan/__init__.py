@@ -41,7 +41,7 @@ def plan(loaded: LoadedConfig, devices: int | None = None, device: str | None = 
         shown = planner.estimate(layout) if layout.world == devices else _whole(planner, found[0])
         if layout.world != devices:
             lines += ["", f"the run file's own layout has {_ranks(layout.world)}; below is the best of {devices}"]
-    lines += ["", *text.estimate_lines(shown, steps_of(loaded, shown.job))]
+    lines += ["", *text.estimate_lines(shown, steps_of(loaded, shown.job, shown.layout))]
     if not shown.fits:
         lines += ["", *text.change_lines(shown, planner.changes(shown))]
     if devices is not None:

@@ -12,6 +12,7 @@ from llm_core.config.tree import find
 from llm_core.data.manifest import SUFFIX, read_manifest
 from llm_core.errors import UserError
 from llm_core.models.spec import DecoderSpec, spec_from_config
+from llm_core.parallel.layout import Layout
 from llm_core.plan.devices import GIB, Device, device_named, device_of_target
 
 
@@ -113,18 +114,24 @@ def _manifest_beside(file: Path) -> Path:
     return own if own.exists() else file.with_name(re.sub(r"\d+$", "", file.name) + SUFFIX)
 
 
-def steps_of(loaded: LoadedConfig, job: Job) -> int | None:
-    """Updates of the whole run; None where nobody knows how many records there are. UserError: fewer than a batch."""
+def steps_of(loaded: LoadedConfig, job: Job, layout: Layout) -> int | None:
+    """Updates of the whole run, counted as the loader and the run do: an epoch's last update may have fewer batches.
+
+    None where nobody knows how many records there are. UserError: fewer than a batch.
+    """
     records = records_of(loaded)
     if records is None:
         return None
     config = loaded.config
-    batches = config.train_dataset.drop_remainder
-    steps = records // job.records if batches else -(-records // job.records)
-    if steps == 0:
+    batch = job.rows * layout.dp
+    batches, rest = divmod(records, batch)
+    if rest and not config.train_dataset.drop_remainder:
+        batches += 1
+    if batches == 0:
         raise UserError(
-            f"{config.train_dataset.data_loader.dataset_dir}: {records} records do not fill one step of {job.records}; "
-            "make batch_size, gradient_accumulation_steps or data_parallel smaller, or set drop_remainder False"
+            f"{config.train_dataset.data_loader.dataset_dir}: {records} records do not fill one batch of {batch}; "
+            "make batch_size or data_parallel smaller, or set drop_remainder False"
         )
-    total = steps * config.runner_config.epochs
+    window = job.records // batch
+    total = -(-batches // window) * config.runner_config.epochs
     return min(total, config.runner_config.stop_step or total)

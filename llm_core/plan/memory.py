@@ -53,8 +53,8 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 def memory_of_stage(job: Job, layout: Layout, held: Slices, stage: int, layers: tuple[tuple[int, ...], ...]) -> Memory:
     """Of a rank of this pipeline stage; `layers` are those of every stage."""
-    mine, first, last = layers[stage], stage == 0, stage == layout.pp - 1
-    owned = held.of_stage(mine, first, last)
+    mine, last = layers[stage], stage == layout.pp - 1
+    owned = held.of_stage(mine, layout, stage)
     activations = _activations(job, layout, stage, len(mine))
     logits = _logits(job, layout, held) if last else 0.0
     weights = owned.share(owned.weights, owned.weights_cut, layout.dp, layout.zero >= 3)

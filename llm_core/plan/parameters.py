@@ -50,8 +50,8 @@ class Held(NamedTuple):
     """Values on one rank: each count, and beside it how much of that ZeRO may cut over dp.
 
     products: of matrices that tokens are multiplied with; of these `learning_products` have a gradient. largest: values
-    of the largest tensor. tensors: how many there are, adapters, cut_tensors,
-    learning_tensors, learning_cut_tensors: how many of these are an adapter's, may be cut, learn, or both.
+    of the largest tensor that may be cut. tensors: how many there are, adapters, cut_tensors, learning_tensors,
+    learning_cut_tensors: how many of these are an adapter's, may be cut, learn, or both.
     """
 
     weights: int = 0
@@ -73,6 +73,12 @@ class Held(NamedTuple):
         """With so many of the other beside it."""
         sums = [mine + times * theirs for mine, theirs in zip(self, other, strict=True)]
         return Held(*sums)._replace(largest=max(self.largest, other.largest if times else 0))
+
+    def uncut(self) -> Held:
+        """The same, of which ZeRO cuts nothing."""
+        return self._replace(
+            weights_cut=0, learning_cut=0, state_cut=0, largest=0, cut_tensors=0, learning_cut_tensors=0
+        )
 
     def share(self, whole: int, cut: int, dp: int, applies: bool) -> int:
         """Of a count with its cut part, what one of dp ranks has."""
@@ -124,16 +130,19 @@ class Slices(NamedTuple):
             held = held.plus(kind, len(indices.intersection(layers)))
         return held
 
-    def of_stage(self, layers: Iterable[int], first: bool, last: bool) -> Held:
-        """Of a pipeline stage with these layers."""
+    def of_stage(self, layers: Iterable[int], layout: Layout, stage: int) -> Held:
+        """Of this pipeline stage, which has these layers."""
+        first, last = stage == 0, stage == layout.pp - 1
         held = self.of_layers(layers).plus(self.everywhere)
         if first or (last and self.tied):
-            held = held.plus(self.embedding)
+            on_both = self.tied and layout.pp > 1 and layout.zero > 1  # see `cuts`: then it stays whole
+            held = held.plus(self.embedding.uncut() if on_both else self.embedding)
         return held.plus(self.ending) if last else held
 
 
 def slices(stock: Inventory, layout: Layout, optimizer: Any) -> Slices:
-    """How tp cuts the model, and what of that ZeRO may cut: `layout.pp` and `layout.zero` do not matter.
+    """How tp cuts the model, and what of that ZeRO may cut. `layout.pp` and `layout.zero` do not matter here (to a tied
+    table they do, see `Slices.of_stage`).
 
     UserError where tp does not divide the model.
     """
@@ -174,7 +183,7 @@ def _held(found: Iterable[tuple[str, Cut, bool]], layout: Layout, optimizer: Any
         product = size if len(shape) == 2 and name != EMBEDDING else 0
         held = held.plus(Held(
             size, cuts * size, learns * size, learns * cuts * size, state, cuts * state, product, learns * product,
-            size, 1, is_adapter_name(name) * 1, cuts * 1, learns * 1, learns * cuts * 1,
+            cuts * size, 1, is_adapter_name(name) * 1, cuts * 1, learns * 1, learns * cuts * 1,
         ))  # fmt: skip
     return held
 

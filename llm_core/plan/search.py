@@ -83,6 +83,8 @@ class Planner:
         """
         job = self.job if rows is None else replace(self.job, rows=rows)
         _require_batch(job, layout)
+        if problem := _refused(job, layout):
+            raise UserError(problem)
         held = self.slices(layout)
         layers = layout.layers(job.spec.num_layers)
         stages = range(layout.pp) if every_stage or not isinstance(job.recompute, bool) else {0, layout.pp - 1}
@@ -137,6 +139,8 @@ class Planner:
                 like, dp=dp, tp=tp, pp=pp, zero=0, chunks=1, offset=(),
                 sequence_parallel=like.sequence_parallel and tp > 1, whole_embedding=like.whole_embedding and pp == 1,
             )  # fmt: skip
+            if _refused(self.job, base, rows=False):
+                continue
             for rows in _powers(self.job.records // dp, max(self.job.rows, 16)):
                 for zero in range(4 if dp > 1 else 1):
                     try:
@@ -253,6 +257,21 @@ def _require_batch(job: Job, layout: Layout) -> None:
             f"parallel_config.micro_batch_num: {window} micro-batches an update do not fill {layout.pp} pipeline "
             f"stages; take at least {layout.pp}"
         )
+
+
+def _refused(job: Job, layout: Layout, rows: bool = True) -> str:
+    """Why a run would not train so (as config/validate.py says it); empty: it would. rows False: whatever its rows."""
+    optimizer = "" if job.optimizer is None else job.optimizer.type
+    if optimizer.lower().startswith("adafactor") and (layout.tp > 1 or layout.zero):
+        return f"optimizer.type: {optimizer} needs whole matrices, which no rank has under model_parallel or ZeRO"
+    if getattr(job.pet, "use_dora", False) and (layout.tp > 1 or layout.zero > 2):
+        return "pet_config.use_dora: needs whole weights, which no rank has under model_parallel or zero_stage 3"
+    if rows and layout.sequence_parallel and job.rows * job.length % layout.tp:
+        return (
+            f"parallel_config.use_seq_parallel: batch_size x seq_length = {job.rows * job.length} is not a multiple of "
+            f"model_parallel {layout.tp}"
+        )
+    return ""
 
 
 def _divisors(number: int) -> list[int]:

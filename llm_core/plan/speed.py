@@ -42,9 +42,9 @@ def flops(job: Job, layout: Layout, held: Slices, stage: int, layers: tuple[tupl
     half of the keys. Layers computed again add their forward pass.
     """
     spec, mine = job.spec, layers[stage]
-    first, last = stage == 0, stage == layout.pp - 1
+    last = stage == layout.pp - 1
     inside = held.of_layers(mine)
-    owned = held.of_stage(mine, first, last)
+    owned = held.of_stage(mine, layout, stage)
     attention = 2.0 * job.length * spec.q_size / layout.tp * len(mine)
     forward, learning = 2.0 * owned.products + attention, 2.0 * owned.learning_products
     if last and held.tied:
@@ -92,7 +92,7 @@ def seconds(
     idle = (layout.pp - 1) / (window * layout.chunks)
     over_dp = sent.gradients + sent.gathers
     buckets = math.ceil(over_dp / BUCKET)
-    owned = held.of_stage(layers[stage], stage == 0, stage == layout.pp - 1)
+    owned = held.of_stage(layers[stage], layout, stage)
     updated = owned.share(owned.state, owned.state_cut, layout.dp, layout.zero >= 1) / 2
     return Seconds(
         products=products,

@@ -32,7 +32,7 @@ def traffic_of_stage(
 ) -> Traffic:
     """Of a rank of this pipeline stage; `layers` are those of every stage."""
     first, last = stage == 0, stage == layout.pp - 1
-    owned = held.of_stage(layers[stage], first, last)
+    owned = held.of_stage(layers[stage], layout, stage)
     window = micro_batches(job, layout)
     stream = FLOAT * job.rows * job.length * job.spec.hidden_size * window
     shown = stream / (layout.tp if layout.sequence_parallel else 1)  # of it, what goes to another stage

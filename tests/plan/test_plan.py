@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llm_core import cli
 from llm_core.config import load_config
+from llm_core.data.loader import Loader
 from llm_core.data.manifest import FORMAT, write_json
+from llm_core.data.records import RecordFile, RecordWriter
 from llm_core.models.spec import spec_from_config
+from llm_core.parallel.layout import Layout
 from llm_core.plan import count_parts, plan
+from llm_core.plan.job import job_of, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERNLM_LORA = """
@@ -164,6 +170,7 @@ def test_steps_come_from_the_manifest_beside_the_records(tmp_path: Path, capsys:
     assert "the run: 375 steps" in run_plan(capsys, *arguments)  # 125 full batches of 8
     more = ["--train_dataset.drop_remainder", "False", "--gradient_accumulation_steps", "2"]
     assert "the run: 189 steps" in run_plan(capsys, *arguments, *more)  # 63 windows of 16
+    assert "the run: 189 steps" in run_plan(capsys, *arguments, *more[2:])  # of 125 batches, the last one alone
     assert "the run: 5 steps" in run_plan(capsys, *arguments, "--runner_config.stop_step", "5")
     assert "the run: 18 steps" in run_plan(capsys, *arguments, "--num_samples", "50")
     without = ["--config", "pretrain_llama_demo", "--train_dataset_dir", str(tmp_path / "other.mindrecord")]
@@ -193,7 +200,26 @@ def test_records_that_do_not_fill_a_step_are_named(tmp_path: Path, capsys: pytes
     write_json(tmp_path / "few.mindrecord.manifest.json", {"format": FORMAT, "records": 5})
     data = str(tmp_path / "few.mindrecord")
     assert cli.main(["plan", "--config", "pretrain_llama_demo", "--train_dataset_dir", data]) == 2
-    assert "5 records do not fill one step of 8" in capsys.readouterr().err
+    assert "5 records do not fill one batch of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("sizes", [(12, 8, 1, 2), (37, 4, 2, 3), (48, 4, 2, 3), (9, 4, 2, 1)])
+def test_steps_are_those_that_the_loader_gives(tmp_path: Path, drop: bool, sizes: tuple[int, ...]):
+    """Short windows at an epoch's end, as the run takes them: also where there is no full one."""
+    records, rows, dp, window = sizes
+    path = tmp_path / "r.mindrecord"
+    with RecordWriter(path, columns={"input_ids": 5}, manifest={}) as writer:
+        writer.write_rows({"input_ids": np.ones((records, 5), np.int32)})
+    opened = RecordFile(path)
+    loader = Loader(opened, batch_size=rows, world=dp, seq_length=4, drop_remainder=drop, vocab_size=9)
+    opened.close()
+    loaded = load_config("pretrain_llama_demo", [
+        ("train_dataset.data_loader.dataset_dir", str(path)), ("train_dataset.drop_remainder", drop),
+        ("runner_config.batch_size", rows), ("runner_config.epochs", 2),
+    ])  # fmt: skip
+    job = job_of(loaded, None, dp, window)
+    assert steps_of(loaded, job, Layout(dp=dp)) == 2 * math.ceil(loader.steps_per_epoch / window)
 
 
 def test_a_prediction_has_parameters_alone(capsys: pytest.CaptureFixture):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 
 from llm_core.config import load_config
-from llm_core.parallel.layout import Layout
+from llm_core.errors import UserError
+from llm_core.parallel.cuts import EMBEDDING, cut_parameters, held_parameters
+from llm_core.parallel.layout import Layout, Place
 from llm_core.plan import estimate
 from llm_core.plan.devices import device_named
 from llm_core.plan.job import Job, job_of
@@ -81,6 +84,22 @@ def test_a_tied_table_lies_on_both_ends():
     assert found.memory[0].weights == 4 * (2 * layer + 4096 * 256)
     assert found.memory[1].weights == 4 * (2 * layer + 2 * 256 + 4096 * 256)
     assert found.traffic[0].gradients == found.traffic[1].gradients == 4 * 4096 * 256  # summed over the two
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_tied_table_on_two_stages_is_cut_as_the_run_cuts_it(zero: int):
+    """From ZeRO 2 on it is whole: the two stages sum its gradient."""
+    job, layout = demo_job("pretrain_falcon_demo"), replace(ALL, dp=2, pp=2, zero=zero)
+    found, cuts = Planner(job).estimate(layout), cut_parameters(job.spec, layout)
+    assert cuts[EMBEDDING].zero == (zero == 1)
+    for stage in range(2):
+        held = list(held_parameters(cuts, layout, layout.rank(Place(stage, 0, 0))).values())
+        sizes = {kind: sum(prod(cut.held_shape(layout, kind)) for cut in held) for kind in (1, 3)}
+        rows = sum(prod(cut.held_shape(layout, 1)) for cut in held if cut.zero)
+        assert found.memory[stage].state == 8 * sizes[1]
+        assert found.memory[stage].weights == 4 * (sizes[3] + rows * (zero < 3))
+        passes = 16 * (3 - stage) if zero == 3 else 1  # of 16 micro-batches; the first stage repeats its forward
+        assert found.traffic[stage].gathers == 4 * rows * passes
 
 
 def test_70b_by_two_by_four_by_eight():
@@ -257,3 +276,28 @@ def test_accumulating_adds_the_sums_and_a_graph():
     assert twice.gradients == 2 * once.gradients
     assert twice.buffers - once.buffers == pytest.approx(0.87 * 4 * DEMO)
     assert twice.activations == once.activations
+
+
+def test_no_layout_is_proposed_that_a_run_refuses():
+    """Adafactor needs whole matrices, DoRA whole weights; the rows of a norm have to be even."""
+    job = demo_job(rows=8)
+    job = replace(job, optimizer=job.optimizer.model_copy(update={"type": "Adafactor"}))
+    planner = Planner(job)
+    for devices in (2, 4, 8):
+        found = [each.layout for each in planner.layouts(devices, Layout())]
+        assert found and all((layout.tp, layout.zero) == (1, 0) for layout in found)
+    with pytest.raises(UserError, match="no layout of so many ranks"):
+        planner.layouts(64 * 32, Layout())
+    with pytest.raises(UserError, match="optimizer.type: Adafactor needs whole matrices"):
+        planner.estimate(Layout(tp=2))
+    tight = Planner(replace(job, room=0.99 * planner.estimate(Layout(dp=2)).fullest.total))
+    changed = [each.layout for _, each in tight.changes(tight.estimate(Layout(dp=2)), 9)]
+    assert changed and all((layout.tp, layout.zero) == (1, 0) for layout in changed)
+    lora = demo_job("lora_llama_demo")
+    dora = Planner(replace(lora, pet=lora.pet.model_copy(update={"use_dora": True})))
+    layouts = [each.layout for each in dora._every(4, ALL)]
+    assert {(layout.tp, layout.zero) for layout in layouts} == {(1, 0), (1, 1), (1, 2)}
+    with pytest.raises(UserError, match="pet_config.use_dora"):
+        dora.estimate(replace(ALL, dp=2, zero=3))
+    odd = Planner(demo_job(rows=1, length=255))._every(2, Layout(sequence_parallel=True))
+    assert [each.job.rows for each in odd if each.layout.tp == 2] == [2, 4, 8, 16]
