@@ -18,8 +18,9 @@ from llm_core.errors import UserError
 def lock_output_dir(output_dir: str | Path, rank: int = 0) -> Iterator[Path]:
     """Hold `{output_dir}/.run.lock` (one per rank) while the block runs; yields the folder, created if need be.
 
-    The lock is the kernel's (flock): it ends with the process, however that ends. Raises UserError when another
-    process holds it, naming its id and host, and EnvironmentFault when the folder cannot be written.
+    The lock is the kernel's (flock): it ends with the process, however that ends. A file system that has none, as some
+    of a network, is told of and no reason to stop. Raises UserError when another process holds the lock, naming its id
+    and host, and EnvironmentFault when the folder cannot be written.
     """
     folder = make_folder(Path(output_dir))
     path = folder / (".run.lock" if rank == 0 else f".run.rank_{rank}.lock")
@@ -33,6 +34,10 @@ def lock_output_dir(output_dir: str | Path, rank: int = 0) -> Iterator[Path]:
                 f"{folder}: another run is writing here ({_holder(path)}); "
                 "wait for it, stop it, or give this run its own --output_dir"
             ) from None
+        except OSError as error:
+            from llm_core.report.console import console
+
+            console.warn(f"{path} cannot be locked ({error.strerror}); see that no other run writes into this folder")
         with environment_faults(path):
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
