@@ -234,7 +234,8 @@ def _wider(key: str, factor: int) -> Callable[[Job, Layout], tuple[Job, Layout]]
         dp = layout.dp if left else dp
         zero = layout.zero if dp > 1 else 0
         wide = getattr(layout, key) * factor
-        return job, replace(layout, **{key: wide}, dp=dp, zero=zero, chunks=1, offset=())
+        layout = replace(layout, **{key: wide}, dp=dp, zero=zero, chunks=1, offset=())
+        return job, replace(layout, whole_embedding=layout.whole_embedding and layout.pp == 1)
 
     return apply
 

@@ -301,3 +301,11 @@ def test_no_layout_is_proposed_that_a_run_refuses():
         dora.estimate(replace(ALL, dp=2, zero=3))
     odd = Planner(demo_job(rows=1, length=255))._every(2, Layout(sequence_parallel=True))
     assert [each.job.rows for each in odd if each.layout.tp == 2] == [2, 4, 8, 16]
+
+
+def test_a_proposed_pipeline_cuts_the_embedding_as_the_run_does():
+    """vocab_emb_dp holds without a pipeline alone."""
+    planner = Planner(demo_job())
+    tight = Planner(replace(demo_job(), room=planner.estimate(Layout(tp=2, pp=2)).fullest.total))
+    wider = [each.layout for _, each in tight.changes(tight.estimate(Layout(tp=2)), 9) if each.layout.pp > 1]
+    assert wider and not any(layout.whole_embedding for layout in wider)
