@@ -10,7 +10,7 @@ from llm_core.errors import UserError
 
 
 class Place(NamedTuple):
-    """Machines of the step, this one's number, the first one's name and a port there; GPUs a machine (0: unknown)."""
+    """Machines of the step, this one's number, the first one's address and port; GPUs a machine (0: unknown)."""
 
     nodes: int
     node: int
@@ -46,7 +46,8 @@ def place(environment: Mapping[str, str]) -> Place:
     if len(hosts) != nodes:
         raise UserError(f"SLURM_JOB_NODELIST names {len(hosts)} nodes, SLURM_NNODES is {nodes}")
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    return Place(nodes, node, hosts[0], _port(environment), int(gpus) if gpus.isdecimal() else 0)
+    address = environment.get("MASTER_ADDR") or hosts[0]
+    return Place(nodes, node, address, _port(environment), int(gpus) if gpus.isdecimal() else 0)
 
 
 def expand(text: str) -> list[str]:

@@ -42,6 +42,7 @@ def test_the_first_node_is_the_master_and_two_jobs_have_two_ports():
     assert (here.nodes, here.node, here.address) == (4, 2, "node01")
     assert here.port == 21245 != place({**SRUN, "SLURM_JOB_ID": "731246"}).port
     assert place({**SRUN, "MASTER_PORT": "9999"}).port == 9999
+    assert place({**SRUN, "MASTER_ADDR": "10.0.0.7"}).address == "10.0.0.7"  # where the name is 127.0.1.1 in /etc/hosts
 
 
 def test_a_step_on_some_nodes_of_a_job_goes_by_the_step():
