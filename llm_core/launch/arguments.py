@@ -30,7 +30,7 @@ usage: msrun_launcher.sh [OPTIONS] CMD
   JOIN       taken, and not followed: the launcher always waits for its processes
   TIMEOUT    seconds within which all of them must be there (7200)
 
-  --restart K   after a failure start again, up to K times, from the last whole checkpoint
+  --restart K   after a failure start again, up to K times, from the last whole checkpoint of this launch
   --grace S     seconds that a stopped run has for its last checkpoint before it is killed (45)
 """
 
@@ -78,9 +78,7 @@ class Job:
         return range(node * self.local, (node + 1) * self.local)
 
     def resumed(self) -> Job:
-        """The same job, going on from its last whole checkpoint; a command that is no run of ours stays as it is."""
-        if run_arguments(self.words) is None:
-            return self
+        """The same job, a run of ours, going on from the newest whole checkpoint that it has."""
         return replace(self, words=(*self.words, "--resume_training", "True"))  # the last of two flags counts
 
 
@@ -103,13 +101,22 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Job:
 
 def run_arguments(words: Sequence[str]) -> list[str] | None:
     """The flags of a run, if that is what the command is: no other script, and none of the verbs (plan, check ...)."""
-    if Path(words[0]).name == "run_llm.py":
-        rest = list(words[1:])
-    elif tuple(words[:2]) == ("-m", "llm_core.cli"):
+    words = words[_interpreter_flags(words) :]
+    if len(words) > 1 and re.fullmatch(r"-[^WXmc-]*m", words[0]) and words[1] == "llm_core.cli":
         rest = list(words[2:])
+    elif words and Path(words[0]).name == "run_llm.py":
+        rest = list(words[1:])
     else:
         return None
     return rest if rest and rest[0].startswith("-") else None
+
+
+def _interpreter_flags(words: Sequence[str]) -> int:
+    """How many words stand before the script, -m or -c: flags of Python, and the values of those that have one."""
+    index = 0
+    while index < len(words) and words[index].startswith("-") and not re.match(r"-[^WXmc-]*[mc]", words[index]):
+        index += 2 if re.fullmatch(r"-[^WXmc-]*[WX]|--check-hash-based-pycs", words[index]) else 1
+    return index
 
 
 def devices(environment: Mapping[str, str]) -> list[str] | None:
@@ -207,8 +214,9 @@ def _command(text: str) -> tuple[tuple[str, ...], str]:
         raise UserError(f"CMD is '{text}': give a script, such as \"run_llm.py --config FILE --use_parallel True\"")
     if words[0] == "run-llm":
         words[:1] = ["-m", "llm_core.cli"]
-    if not words[0].startswith("-") and not Path(words[0]).is_file():
-        raise UserError(f"CMD: {words[0]}: no such file in {Path.cwd()}")
+    script = "".join(words[_interpreter_flags(words) :][:1])
+    if script and not script.startswith("-") and not Path(script).is_file():
+        raise UserError(f"CMD: {script}: no such file in {Path.cwd()}")
     return tuple(words), interpreter
 
 

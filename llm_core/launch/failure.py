@@ -13,6 +13,8 @@ _TAIL_BYTES = 64 * 1024
 # MindSpore's own words: of the scheduler about a silent rank, and of a collective that nobody else has come to.
 _WAITED = re.compile(r"timed out node|wait receiving .* failed|AllReduce\w* launch failed|ollective .*time")
 
+_GONE = re.compile(r"rank \d+ has ended; its log says why$")
+
 
 def exit_code(status: int) -> int:
     """The shell's code of a process' status, which is negative for a signal (as `Popen.returncode`)."""
@@ -53,6 +55,11 @@ def last_lines(path: Path, count: int = _LINES) -> list[str]:
 def waited(log: Path) -> bool:
     """Whether a process failed because another one did not come to a collective, or no longer answered."""
     return any(_WAITED.search(line) for line in last_lines(log, 200))
+
+
+def ended_by_another(status: int, log: Path) -> bool:
+    """Whether a rank of ours failed because another one had ended, as parallel/gate.py tells it."""
+    return status == 1 and any(_GONE.search(line) for line in last_lines(log))
 
 
 def not_joined(scheduler_log: Path, ranks: int) -> list[int]:

@@ -28,10 +28,12 @@ class Stopped(Exception):
 class Links:
     """Connections to the launchers of other nodes: node 0 has one to each, the others one to node 0.
 
-    A message that node 0 receives it passes on to the rest, so everybody hears of everything.
+    A message that node 0 receives it passes on to the rest, so everybody hears of everything. resume: what node 0 has
+    decided of this start, for all.
     """
 
-    def __init__(self, sockets: dict[int, socket.socket]) -> None:
+    def __init__(self, sockets: dict[int, socket.socket], resume: bool = False) -> None:
+        self.resume = resume
         self._sockets = sockets
         self._rest = dict.fromkeys(sockets, b"")
 
@@ -47,18 +49,19 @@ class Links:
                 _send(link, message)
 
     def receive(self) -> list[tuple[int, Message | None]]:
-        """What has come since the last call, as (node, message); None: that node's launcher is gone."""
+        """What has come since the last call, as (node, message); None: that node's launcher is gone, or raves."""
         found: list[tuple[int, Message | None]] = []
         for node, link in list(self._sockets.items()):
             while select.select([link], [], [], 0)[0]:
                 data = _receive(link)
-                if not data:
+                *lines, self._rest[node] = (self._rest[node] + data).split(b"\n")
+                messages = [_decoded(line) for line in lines]
+                if not data or None in messages:
                     del self._sockets[node]
                     link.close()
                     found.append((node, None))
                     break
-                *lines, self._rest[node] = (self._rest[node] + data).split(b"\n")
-                found += [(node, json.loads(line)) for line in lines]
+                found += [(node, message) for message in messages]
         for node, message in found:
             if message is not None:
                 self.send(message, but=node)
@@ -71,27 +74,34 @@ class Links:
         self._sockets.clear()
 
 
-def meet(job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object]) -> Links:
+def meet(
+    job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object], resume: bool = False
+) -> Links:
     """Wait until the launchers of all nodes are here.
 
     `say` gets a line about those that are missing now and then. EnvironmentFault names the ranks that have not come
-    within the job's timeout, Stopped ends the wait when `stopped()` is true.
+    within the job's timeout, Stopped ends the wait when `stopped()` is true. resume: node 0's word counts.
     """
     if job.nodes == 1:
-        return Links({})
-    return _receive_others(job, address, say, stopped) if job.node == 0 else _join_first(job, address, say, stopped)
+        return Links({}, resume)
+    if job.node == 0:
+        return _receive_others(job, address, say, stopped, resume)
+    return _join_first(job, address, say, stopped)
 
 
-def _receive_others(job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object]) -> Links:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def _receive_others(
+    job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object], resume: bool
+) -> Links:
     try:
-        server = socket.create_server((address, job.port), family=family)
+        server = socket.create_server((address, job.port))
     except OSError as error:
         raise EnvironmentFault(f"port {job.port} of {job.address}: {error.strerror}") from None
     present: dict[int, socket.socket] = {}
+    refusal = "node 0 has failed"
     try:
         with server:
             for waited in _turns(job.timeout, stopped):
+                _drop_gone(present)
                 if len(present) == job.nodes - 1:
                     break
                 missing = _missing(job, present)
@@ -100,19 +110,32 @@ def _receive_others(job: Job, address: str, say: Callable[[str], None], stopped:
                 if select.select([server], [], [], 0.2)[0]:
                     _welcome(job, server, present)
             else:
-                text = f"after {job.timeout} s there is no {_missing(job, present)}"
-                for link in present.values():
-                    _send(link, {"refused": text})
+                refusal = f"after {job.timeout} s there is no {_missing(job, present)}"
                 raise EnvironmentFault(
-                    f"{text}: start the same command there, with its own NODE_RANK; it must reach {address}:{job.port}"
+                    f"{refusal}: start the same command there, with its own NODE_RANK; it must reach "
+                    f"{address}:{job.port}"
                 )
-    except BaseException:
+    except BaseException as error:
         for link in present.values():
+            _send(link, {"refused": "node 0 was stopped" if isinstance(error, Stopped) else refusal})
             link.close()
         raise
-    links = Links(present)
-    links.send({"go": True})
+    links = Links(present, resume)
+    links.send({"go": True, "resume": resume})
     return links
+
+
+def _drop_gone(present: dict[int, socket.socket]) -> None:
+    """Forget launchers that have ended while they waited: somebody may start them again."""
+    for node, link in list(present.items()):
+        try:
+            gone = not link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:  # it waits
+            gone = False
+        except OSError:
+            gone = True
+        if gone:
+            present.pop(node).close()
 
 
 def _turns(timeout: float, stopped: Callable[[], object]) -> Any:
@@ -143,6 +166,7 @@ def _welcome(job: Job, server: socket.socket, present: dict[int, socket.socket])
     except (OSError, ValueError, KeyError, TypeError):  # a port scanner, say
         link.close()
         return
+    _drop_gone(present)
     refusal = ""
     if sizes != (job.ranks, job.local):
         refusal = f"N {sizes[0]} and LOCAL_N {sizes[1]}, but node 0 has {job.ranks} and {job.local}"
@@ -178,7 +202,7 @@ def _join_first(job: Job, address: str, say: Callable[[str], None], stopped: Cal
             link.close()
             raise EnvironmentFault(f"node 0 at {address}:{job.port}: {answer['refused']}")
         _watch(link)
-        return Links({0: link})
+        return Links({0: link}, answer.get("resume") is True)
     first = rank_list(job.ranks_of(0))
     raise EnvironmentFault(
         f"after {job.timeout} s there is no {first} (NODE_RANK 0) at {address}:{job.port}: {reason}"
@@ -215,6 +239,15 @@ def _line(link: socket.socket) -> bytes:
             raise ConnectionResetError
         line += byte
     return line
+
+
+def _decoded(line: bytes) -> Message | None:
+    """The message; None where the line holds none, as nobody but a launcher's own words may come here."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def _send(link: socket.socket, message: Message) -> None:

@@ -27,7 +27,8 @@ from llm_core.launch.processes import (
 
 _TICK = 0.2  # seconds
 _SETTLE = 3.0  # after a failure: the others may say what they have seen
-_QUIET = 1.0  # after the last worker's end: what the scheduler still has to say
+_ORIGIN = 7.0  # more, after a rank that only tells of another's end: that one is ending, here or on another machine
+_QUIET = 1.0  # after the last worker's end: what the scheduler still has to say; after msrun's, a stop signal to us
 _USER_ERROR = 2
 
 
@@ -79,7 +80,8 @@ class Group:
         self.remote: dict | None = None  # the message of a node where something failed
         self.finished_nodes: set[int] = set()
         self.stopping: int | None = None
-        self.deadline = self.settled = self.quiet = float("inf")
+        self.stopped_elsewhere = False  # the ranks of another node have followed the stop signal
+        self.deadline = self.settled = self.quiet = self.orphaned = float("inf")
         self.follower = Follower(job.log_dir / "worker_0.log")
         self.selector = selectors.DefaultSelector()
 
@@ -114,29 +116,38 @@ class Group:
     # ---- while it runs ----
 
     def _turn(self, seconds: float) -> None:
-        for key, _ in self.selector.select(seconds):
+        ready = self.selector.select(seconds)
+        if self.stop.first is not None and self.stopping is None:  # before the ends that it may have caused
+            self._stop(self.stop.first)
+        for key, _ in ready:
             key.data()
         self.follower.print_new()
         for node, message in self.links.receive():
             self._hear(node, message)
-        if self.stop.first is not None and self.stopping is None:
-            self._stop(self.stop.first)
-        if self.stop.count > 1:  # once more: at once
+        if self.stop.again:
             self.deadline = min(self.deadline, time.monotonic())
 
     def _over(self, msrun: subprocess.Popen) -> bool:
         now = time.monotonic()
         workers = self._workers()
-        ended = len(workers) == self.job.local and all(each.status is not None or each.lost for each in workers)
-        if self.failed or self.remote is not None:
+        idle = all(each.status is not None or each.lost for each in workers)
+        ended = idle and len(workers) == self.job.local
+        others = self.links.nodes - self.finished_nodes
+        if self.remote is not None:
             return ended or now > self.settled
+        if failures := self._failures():
+            if not all(map(self._follows_another, failures)):
+                return ended or now > self.settled
+            limit = self.settled + _ORIGIN if self.stopping is None else self.deadline
+            return (ended and not others) or now > limit
         if self.stopping is not None and now > self.deadline:
             return True
         if msrun.poll() is not None:
-            self._turn(0)  # what it said at last
-            return True
-        others = self.links.nodes - self.finished_nodes if self.job.node == 0 else set()
-        if ended and not others:
+            self.orphaned = min(self.orphaned, now + _QUIET)
+            saving = self.stopping is not None and not idle  # a stop signal to all has ended msrun first
+            if ended or (now > self.orphaned and not saving):
+                return True
+        if ended and not (others and self.job.node == 0):
             self.quiet = min(self.quiet, now + _QUIET)
         return now > self.quiet
 
@@ -169,7 +180,8 @@ class Group:
         process = self.processes[message["name"]]
         process.status = message["status"]
         stop = _stop_signal(process.status)
-        if stop is not None and self.stopping is None and process.name != "scheduler":
+        works = any(each.status is None for each in self._workers())
+        if stop is not None and self.stopping is None and (works or process.name != "scheduler"):
             self._stop(stop)  # somebody stopped this one: the others may save as well
         elif process.status != 0 and (stop is None or self.stopping is None):
             self._fail(process)
@@ -179,6 +191,18 @@ class Group:
             return
         self.failed.append(process)
         self.settled = min(self.settled, time.monotonic() + _SETTLE)
+
+    def _follows_another(self, process: _Process) -> bool:
+        return failure.ended_by_another(process.end, self.job.log_dir / process.log)
+
+    def _failures(self) -> list[_Process]:
+        """Those that count: at a stop, that one ends before the others is no failure if it has followed the signal."""
+        if self.stopping is None or not self.failed:
+            return self.failed
+        stopped = any(each.status is not None and _stop_signal(each.status) for each in self._workers())
+        if not (stopped or self.stopped_elsewhere):
+            return self.failed
+        return [each for each in self.failed if not self._follows_another(each)]
 
     def _stop(self, number: int, from_others: bool = False) -> None:
         self.stopping = number
@@ -194,10 +218,11 @@ class Group:
                 where = f"the launcher of node {node} is gone"
                 self.remote = {"failed": 1, "lines": [where], "worth_another": True}
                 self.settled = min(self.settled, time.monotonic())
-        elif "stop" in message and self.stopping is None:
+        elif message.get("stop") in (signal.SIGINT, signal.SIGTERM) and self.stopping is None:
             self._stop(message["stop"], from_others=True)
         elif "done" in message:
             self.finished_nodes.add(message["done"])
+            self.stopped_elsewhere |= message.get("stopped") is True
         elif "failed" in message and self.remote is None:
             self.remote = message
             self.settled = min(self.settled, time.monotonic())
@@ -208,11 +233,13 @@ class Group:
     # ---- when it is over ----
 
     def _outcome(self, msrun_code: int, alive: list[_Process], states: dict[str, str]) -> Outcome:
-        if self.failed:
-            first = self.failed[0]
-            code = failure.exit_code(first.end)
-            again = self.stopping is None and code != _USER_ERROR
-            return Outcome(code, tuple(self._blame(first, alive, states)), worth_another=again)
+        failures = self._failures()
+        origins = [each for each in failures if not self._follows_another(each)]
+        if origins or (failures and self.remote is None):
+            first = (origins or failures)[0]
+            again = self.stopping is None and all(each.end != _USER_ERROR for each in failures)
+            lines = self._blame(first, alive, states)
+            return Outcome(failure.exit_code(first.end), tuple(lines), worth_another=again)
         if self.remote is not None:
             return Outcome(self.remote["failed"], tuple(self.remote["lines"]), self.remote["worth_another"])
         if self.stopping is not None:
@@ -230,7 +257,7 @@ class Group:
         return Outcome(failure.exit_code(msrun_code) or 1, (*lines, *failure.quote(log)), worth_another=bool(workers))
 
     def _blame(self, first: _Process, alive: list[_Process], states: dict[str, str]) -> list[str]:
-        """Who failed and why, from the first failure, and from those that had not ended some seconds later."""
+        """Who failed and why, from the failure that began it, and from those that had not ended seconds later."""
         log_dir = self.job.log_dir
         missing = failure.not_joined(log_dir / "scheduler.log", self.job.ranks) if self.job.node == 0 else []
         if missing:
@@ -238,7 +265,7 @@ class Group:
             here = [rank for rank in missing if rank in self.job.ranks_of(self.job.node)]
             return [*lines, *(failure.quote(log_dir / f"worker_{here[0]}.log") if here else [])]
         lines = [f"{first.label} {failure.cause(first.end, log_dir / first.log)}"]
-        others = [int(each.name) for each in self.failed[1:] if each.name != "scheduler"]
+        others = [int(each.name) for each in self.failed if each is not first and each.name != "scheduler"]
         if others:
             lines.append(f"{failure.rank_list(others)} failed as well")
         lines += failure.quote(log_dir / first.log)
@@ -257,7 +284,8 @@ class Group:
             lines = [f"node {self.job.node}: {line}" for line in outcome.lines]
             self.links.send({"failed": outcome.code, "lines": lines, "worth_another": outcome.worth_another})
         else:
-            self.links.send({"done": self.job.node})
+            stopped = self.stopping is not None and outcome.code == 128 + self.stopping
+            self.links.send({"done": self.job.node, "stopped": stopped})
         self.links.close()
 
 

@@ -14,14 +14,17 @@ from llm_core.launch.arguments import Job
 
 
 class StopSignals:
-    """SIGTERM and SIGINT of the launcher leave a note while this is open: how many came, and the first.
+    """SIGTERM and SIGINT of the launcher leave a note while this is open: the first, and whether another came after it.
 
-    A lost terminal (SIGHUP) counts as SIGTERM, unless nohup has said that it does not matter.
+    A lost terminal (SIGHUP) counts as SIGTERM, unless nohup has said that it does not matter. Shells and the kernel
+    both report it, as a service manager sends more than one signal: neither is somebody who has lost patience, so
+    `again` tells of a SIGTERM or SIGINT that came a second or more after the first.
     """
 
     def __init__(self) -> None:
         self.first: int | None = None
-        self.count = 0
+        self.again = False
+        self._since = 0.0
 
     def __enter__(self) -> StopSignals:
         self._before = {
@@ -36,8 +39,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        self.first = self.first or (signal.SIGTERM if number == signal.SIGHUP else number)
-        self.count += 1
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self._since = (signal.SIGTERM if number == signal.SIGHUP else number), now
+        elif number != signal.SIGHUP and now - self._since >= 1:
+            self.again = True
 
 
 def msrun_command(job: Job, address: str) -> list[str]:
@@ -106,12 +112,17 @@ class Follower:
         self.open = write(sys.stdout, data[:end])
 
 
-def write(stream: TextIO, data: bytes) -> bool:
-    """Write at once, whatever the terminal's encoding; False if nobody reads any more (`| head`), and then for good."""
+def write(stream: TextIO | None, data: bytes) -> bool:
+    """Write at once, whatever the terminal's encoding; False if that cannot be, and then for good.
+
+    Nobody reads any more (`| head`), the terminal is gone, the disk behind it is full: no reason to end a group.
+    """
+    if stream is None:  # closed before we began
+        return False
     try:
         stream.buffer.write(data)
         stream.buffer.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     return True

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from llm_core.launch import group
+from llm_core.launch.arguments import Job
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("worker_script.py")
 
@@ -110,3 +113,18 @@ def port() -> str:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return str(server.getsockname()[1])
+
+
+@pytest.fixture
+def fake_msrun(monkeypatch) -> None:
+    """Groups in this process start fake_msrun.py, whose workers need no MindSpore."""
+
+    def command(job: Job, address: str) -> list[str]:
+        first = job.ranks_of(job.node)[0]
+        return [
+            sys.executable, str(SCRIPT.with_name("fake_msrun.py")), str(job.log_dir), str(first), str(job.local),
+            sys.executable, str(Path(group.__file__).with_name("worker.py")), str(job.grace), job.interpreter,
+            *job.words,
+        ]  # fmt: skip
+
+    monkeypatch.setattr(group, "msrun_command", command)

@@ -106,19 +106,33 @@ def test_device_lists(environment, expected):
     assert devices(environment) == expected
 
 
-def test_a_restart_resumes_a_run_and_no_other_script():
+def test_a_restart_resumes_whatever_the_command_says():
     options = job("--restart", "3", f"{RUN} --config c --resume_training False --load_checkpoint w", "2")
     assert options.restarts == 3
     assert options.resumed().words == (*options.words, "--resume_training", "True")
-    other = job(str(ROOT / "setup.py"), "2", "--restart", "1")
-    assert other.resumed() == other and other.restarts == 1
 
 
-def test_which_commands_are_runs():
-    assert run_arguments(("run_llm.py", "--config", "c")) == ["--config", "c"]
+@pytest.mark.parametrize("flags", ["", "-u", "-u -W ignore", "-Wignore -Bu", "-X dev -OO", "-uX dev"])
+def test_which_commands_are_runs(flags):
+    def words(text: str) -> tuple[str, ...]:
+        return tuple(f"{flags} {text}".split())
+
+    assert run_arguments(words("some/run_llm.py --config c")) == ["--config", "c"]
+    assert run_arguments(words("-m llm_core.cli --config c")) == ["--config", "c"]
+    assert run_arguments(words("run_llm.py check --config c")) is None
+    assert run_arguments(words("other.py --config run_llm.py")) is None
+    assert run_arguments(words("-m other run_llm.py --config c")) is None
+    assert run_arguments(words("-c run_llm.py --config c")) is None
+    assert run_arguments(words("")) is None
     assert run_arguments(job("run-llm --config c").words) == ["--config", "c"]
-    assert run_arguments(("run_llm.py", "check", "--config", "c")) is None
-    assert run_arguments(("other.py", "--config", "c")) is None
+
+
+def test_flags_of_python_are_no_script():
+    assert job(f"python -u {RUN} --config c").words == ("-u", RUN, "--config", "c")
+    assert run_arguments(("-um", "llm_core.cli", "--config", "c")) == ["--config", "c"]
+    assert job("python -um timeit -n 5").words == ("-um", "timeit", "-n", "5")
+    with pytest.raises(UserError, match="no_such.py: no such file"):
+        job("python -u -W ignore no_such.py")
 
 
 def launcher(*argv: str, **environment: str) -> subprocess.CompletedProcess:

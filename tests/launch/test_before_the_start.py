@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from llm_core.cli import load_run
 from llm_core.errors import EnvironmentFault, UserError
 from llm_core.launch import checks, failure
 from llm_core.launch.arguments import Job, run_arguments
+from llm_core.launch.processes import StopSignals
+from llm_core.launch.saves import Saves
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +83,36 @@ def test_a_restart_resumes_whatever_the_command_says(config):
     assert loaded.config.resume_training is True and loaded.config.load_checkpoint == "weights.ckpt"
 
 
+def test_a_checked_run_tells_what_a_save_of_it_changes(config, tmp_path):
+    def record(*flags: str) -> Path | None:
+        return checks.require_runnable(run(config, 8, *flags), {})
+
+    assert record("--output_dir", "out") == Path("out/checkpoint/rank_0/meta.json")
+    values = yaml.safe_load(config.read_text())
+    values["callbacks"] = [{"type": "CheckpointMonitor", "directory": str(tmp_path / "there")}]
+    config.write_text(yaml.safe_dump(values))
+    assert record("--output_dir", "out") == tmp_path / "there/checkpoint/rank_0/meta.json"
+    assert checks.require_runnable(Job(("other.py",), 3, 3), {}) is None
+
+
+def test_flags_of_python_do_not_hide_a_run_from_the_checks(config):
+    job = run(config, 8, "--mp", "1")
+    with pytest.raises(UserError, match="but N is 8"):
+        checks.require_runnable(Job(("-u", *job.words), 8, 8), {})
+
+
+def test_saves_since_the_launch(tmp_path):
+    record = tmp_path / "meta.json"
+    saves = Saves(record)
+    assert not saves.any() and not Saves(None).any()
+    record.write_text("{}")
+    assert saves.any() and not Saves(record).any()
+    saves = Saves(record)
+    (tmp_path / "new").write_text("{}")
+    (tmp_path / "new").replace(record)  # the same step once more
+    assert saves.any()
+
+
 def test_more_processes_than_listed_devices():
     listed = {"CUDA_VISIBLE_DEVICES": "0,1"}
     with pytest.raises(UserError, match=r"4 processes.*2 devices are listed \(0, 1\)"):
@@ -93,8 +129,21 @@ def test_addresses():
     assert checks.resolve(Job(("x",), 2, 1, address="127.0.0.1")) == "127.0.0.1"
     with pytest.raises(EnvironmentFault, match="ADDR no-such-host.invalid"):
         checks.resolve(Job(("x",), 2, 2, address="no-such-host.invalid"))
-    with pytest.raises(EnvironmentFault, match="localhost is .* no other machine can reach"):
+    with pytest.raises(EnvironmentFault, match="localhost is .* no other machine can reach.*MASTER_ADDR"):
         checks.resolve(Job(("x",), 2, 1, address="localhost"))
+
+
+def test_ranks_meet_at_an_address_of_ipv4(monkeypatch):
+    def known(*addresses: str) -> None:
+        families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in addresses]
+        found = [(family, 1, 6, "", (text, 8118)) for family, text in zip(families, addresses, strict=True)]
+        monkeypatch.setattr(checks.socket, "getaddrinfo", lambda *_, **__: found)
+
+    known("fd00::7", "10.0.0.7", "10.0.0.8")
+    assert checks.resolve(Job(("x",), 2, 1, address="node07")) == "10.0.0.7"
+    known("fe80::7%eth0")
+    with pytest.raises(EnvironmentFault, match="ADDR node07 is fe80::7%eth0.*IPv4 address"):
+        checks.resolve(Job(("x",), 2, 1, address="node07"))
 
 
 def test_ports(tmp_path):
@@ -117,6 +166,16 @@ def test_two_launchers_in_one_log_folder(tmp_path):
             checks.reserve(job, keep)
     with ExitStack() as keep:
         checks.reserve(job, keep)
+
+
+def test_a_log_folder_without_locks_is_used_and_told_of(tmp_path, monkeypatch):
+    def flock(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(checks.fcntl, "flock", flock)
+    with ExitStack() as keep:
+        job = checks.reserve(Job(("x",), 2, 1, node=1, log_dir=tmp_path / "logs"), keep)
+    assert len(job.notes) == 1 and f"{tmp_path}/logs cannot be locked (No locks available)" in job.notes[0]
 
 
 def test_a_log_folder_that_cannot_be_made(tmp_path):
@@ -181,6 +240,44 @@ def test_output_that_nobody_reads_ends_nothing():
         reader.stdout.close()
         _, errors = reader.communicate(b"x", timeout=60)
     assert reader.returncode == 0 and errors == b"[False, True]\n"
+
+
+WRITE = (
+    "import sys; from llm_core.launch.processes import write\n"
+    "sys.stdin.read(1); sys.exit(write(sys.stdout, b'x\\n'))"
+)
+
+
+def test_a_lost_terminal_ends_nothing():
+    master, terminal = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", WRITE], cwd=ROOT, stdin=subprocess.PIPE, stdout=terminal) as writer:
+        os.close(terminal)
+        os.close(master)
+        writer.communicate(b"x", timeout=60)
+    assert writer.returncode == 0  # False: not written
+
+
+def test_a_full_disk_behind_the_output_ends_nothing():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", WRITE], cwd=ROOT, input=b"x", stdout=full, timeout=60)
+        assert done.returncode == 0
+        launcher = [sys.executable, "-m", "llm_core.launch", "no_such.py", "2"]
+        assert subprocess.run(launcher, cwd=ROOT, stdout=full, stderr=full, timeout=60).returncode == 2
+    closed = ["bash", "-c", '"$@" >&-', "-", sys.executable, "-c", WRITE]
+    assert subprocess.run(closed, cwd=ROOT, input=b"x", timeout=60).returncode == 0
+
+
+def test_a_terminal_that_reports_its_end_twice_is_no_second_signal():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)  # a service manager's
+        assert (stop.first, stop.again) == (signal.SIGTERM, False)
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.again
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.first, stop.again) == (signal.SIGTERM, True)
 
 
 def test_lists_of_ranks():

@@ -82,12 +82,12 @@ def test_missing_nodes_are_named_on_every_machine():
 
 
 def test_a_machine_that_means_something_else_is_refused():
-    good = nodes(2, 0, 1, timeout=4)
-    other = Job(("x",), 8, 4, HERE, good[0].port, 1, timeout=4)
+    good = nodes(2, 0, 1, timeout=2)
+    other = Job(("x",), 8, 4, HERE, good[0].port, 1, timeout=2)
     first, second = gather([good[0], other])
     assert "N 8 and LOCAL_N 4, but node 0 has 4 and 2" in str(second)
     assert isinstance(first, EnvironmentFault)
-    three = nodes(3, 0, 1, 1, timeout=4)
+    three = nodes(3, 0, 1, 1, timeout=2)
     assert any("NODE_RANK 1 is taken" in str(result) for result in gather(three))
 
 
@@ -114,6 +114,59 @@ def test_a_stop_signal_ends_the_wait():
     (job,) = nodes(2, 0)
     with pytest.raises(Stopped):
         meet(job, HERE, lambda line: None, lambda: True)
+
+
+def test_the_others_hear_that_the_first_was_stopped():
+    jobs, stop, results = nodes(3, 0, 1), threading.Event(), {}
+
+    def one(job: Job, stopped) -> None:
+        try:
+            meet(job, HERE, lambda line: None, stopped)
+        except (Stopped, EnvironmentFault) as error:
+            results[job.node] = error
+
+    threads = [threading.Thread(target=one, args=args) for args in zip(jobs, (stop.is_set, never), strict=True)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert isinstance(results[0], Stopped) and "node 0 was stopped" in str(results[1])
+
+
+def test_a_machine_may_come_again():
+    jobs = nodes(3, 0, 1, 2)
+    greeting = b'{"node": 1, "ranks": 6, "local": 2}\n'
+    results: list = []
+    first = threading.Thread(target=lambda: results.append(meet(jobs[0], HERE, lambda line: None, never)))
+    first.start()
+    for _ in range(2):  # the third time it is `gather`
+        for _ in range(100):
+            try:
+                with socket.create_connection((HERE, jobs[0].port), timeout=5) as link:
+                    link.sendall(greeting)
+                    time.sleep(0.5)
+                break
+            except OSError:
+                time.sleep(0.02)
+    second, third = gather(jobs[1:])
+    first.join(30)
+    assert results[0].nodes == {1, 2} and second.nodes == third.nodes == {0}
+
+
+def test_the_first_machine_decides_whether_to_resume():
+    jobs, results = nodes(2, 0, 1), {}
+
+    def one(job: Job) -> None:
+        results[job.node] = meet(job, HERE, lambda line: None, never, resume=job.node == 0).resume
+
+    threads = [threading.Thread(target=one, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert results == {0: True, 1: True}
 
 
 def test_one_machine_waits_for_nobody():
