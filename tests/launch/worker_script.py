@@ -2,9 +2,8 @@
 
     worker_script.py FOLDER STEPS [ARGUMENTS ...]      each rank writes FOLDER/rank_R.json with what it was given
 
-A stop signal is agreed upon, as by a training run: all ranks save after the same step and end with its code. Without
-MindSpore (STEPS 0) a rank only waits for one. Faults, as lines of FOLDER/faults: `exit RANK CODE` ends that rank before
-it joins, once; `late RANK` never lets it join; `deaf RANK` makes it ignore stop signals.
+A stop signal is agreed upon, as by a training run: all ranks save after the same step and end with its code. Faults,
+as lines of FOLDER/faults: `exit RANK CODE` ends that rank before it joins, once; `late RANK` never lets it join.
 """
 
 import json
@@ -30,17 +29,6 @@ def faults(kind: str) -> list[list[str]]:
     path = folder / "faults"
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
     return [words[1:] for words in lines if words[0] == kind and int(words[1]) == rank]
-
-
-def wait() -> int:
-    if faults("deaf"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    with StopSignals(signal.SIGTERM, signal.SIGINT) as stop:
-        write(f"rank_{rank}.json", given)
-        while not stop() or faults("deaf"):
-            time.sleep(0.05)
-    write(f"saved_{rank}.json", 0)
-    return stop.exit_code
 
 
 def work() -> int:
@@ -81,4 +69,4 @@ for _, code in faults("exit"):
     (folder / "faults").unlink()
     print("ValueError: the fault that was asked for", flush=True)
     sys.exit(int(code))
-sys.exit(work() if steps else wait())
+sys.exit(work())
