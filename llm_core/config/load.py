@@ -57,13 +57,14 @@ class LoadedConfig:
         """
         return as_yaml(self.tree, origins=origins, defaults=defaults)
 
-    def require_runnable(self, *, prompts: bool = True) -> None:
+    def require_runnable(self, *, prompts: bool = True, started: bool = True) -> None:
         """Raise one UserError for all that keeps this run from starting, without looking at data or weights.
 
-        `prompts` False is for an interactive chat, which asks for them.
+        `prompts` False is for an interactive chat, which asks for them; `started` False where this process is not one
+        of the run's.
         """
         problems = Problems()
-        validate.check_runnable(self.config, self.tree, str(self.path), problems, prompts)
+        validate.check_runnable(self.config, self.tree, str(self.path), problems, prompts, started)
         if problems:
             raise UserError(str(problems))
 

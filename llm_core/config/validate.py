@@ -103,8 +103,10 @@ def _guilty(tree: Node, path: str, text: str, fallback: Origin) -> Origin:
 # ---- what a run needs ----
 
 
-def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems, prompts: bool) -> None:
-    """Add to `problems` what keeps the run mode of `config` from starting."""
+def check_runnable(
+    config: RunConfig, tree: Node, file: str, problems: Problems, prompts: bool, started: bool
+) -> None:
+    """Add to `problems` what keeps the run mode of `config` from starting; see `LoadedConfig.require_runnable`."""
 
     def where(path: str) -> str:
         return nearest_origin(tree, path).where if find(tree, path) is not None else file
@@ -116,8 +118,9 @@ def check_runnable(config: RunConfig, tree: Node, file: str, problems: Problems,
     mode = config.run_mode
     need(mode is not None, "run_mode", "is not given; add --run_mode train, finetune, eval or predict")
     if config.use_parallel:
-        _need_ranks(config, need)
         _need_layout(config, need)
+        if started:
+            _need_ranks(config, need)
     need(
         not config.only_save_strategy or (config.use_parallel and _ranks(config) > 1), "only_save_strategy",
         "one process has no layout to save; set it to False",

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from llm_core.errors import EnvironmentFault, UserError
 from llm_core.infer.load import adapter_for_inference
 from llm_core.models.shapes import parameter_shapes
 from llm_core.models.spec import DecoderSpec, spec_from_config
+from llm_core.parallel.cuts import cut_parameters, held_parameters
+from llm_core.parallel.layout import layout_from_config
 from llm_core.peft.adapters import Adapter, adapters_in, base_alone, open_adapter
-from llm_core.peft.apply import describe_parameters, parameter_counts
+from llm_core.peft.apply import adapter_shapes, describe_parameters, parameter_counts
 from llm_core.report.console import console, paint
 from llm_core.text import Tokenizer, load_tokenizer
 from llm_core.train.resume import require_base_elsewhere, store_of
@@ -48,6 +51,8 @@ def check(loaded: LoadedConfig) -> int:
     pet = config.model.config.pet_config or (adapter and adapter.pet)
     if spec:
         table.look("parameters", lambda: describe_parameters(spec, pet))
+        if config.use_parallel:
+            table.look("layout", lambda: _layout(config, spec, pet))
     table.look("output", lambda: _output_folder(config))
     training = config.run_mode in ("train", "finetune")
     if training and spec:
@@ -108,8 +113,19 @@ class _Table:
 
 
 def _config(loaded: LoadedConfig) -> str:
-    loaded.require_runnable(prompts=False)
+    loaded.require_runnable(prompts=False, started=False)
     return f"{loaded.path}: run_mode {loaded.config.run_mode}"
+
+
+def _layout(config: RunConfig, spec: DecoderSpec, pet: Any) -> str:
+    """The ranks that the run needs, and the most that one of them holds; UserError where the model cannot be cut so."""
+    layout = layout_from_config(config)
+    cuts = cut_parameters(spec, layout, adapter_shapes(spec, pet))
+    held = [
+        sum(prod(cut.held_shape(layout, 3)) for cut in held_parameters(cuts, layout, rank).values())
+        for rank in range(0, layout.world, layout.dp * layout.tp)  # the ranks of a stage hold the same number
+    ]
+    return f"{layout.describe()}: {layout.world} ranks, {max(held):,} parameters on one at most"
 
 
 def _describe_model(spec: DecoderSpec) -> str:

@@ -65,6 +65,23 @@ def test_a_sound_run(write_config: WriteConfig, spm_model: Path, capsys: pytest.
     assert "[[" in text.split("first", 1)[1] and "nothing would stop this run" in text
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"data_parallel": 2, "model_parallel": 2}, "OK dp2 x tp2: 4 ranks, 8,544 parameters"),
+        ({"model_parallel": 3}, "PROBLEM parallel_config.model_parallel: 3 does not divide num_heads, 4"),
+        ({"pipeline_stage": 2, "micro_batch_num": 2}, "PROBLEM parallel_config.pipeline_stage: 1 layers on 2 pipeline"),
+    ],
+)
+def test_the_layout_is_looked_at_before_any_rank_is_started(
+    sizes: dict[str, int], said: str, write_config: WriteConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(load_config(write_config(use_parallel=True, parallel_config=sizes)))
+    found = table(capsys.readouterr().out)
+    assert found["layout"].startswith(said), found["layout"]
+    assert found["config"].startswith("OK")
+
+
 def test_finds_the_checkpoint_that_the_run_would_resume_from(
     write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
