@@ -59,7 +59,7 @@ def waited(log: Path) -> bool:
 
 def ended_by_another(status: int, log: Path) -> bool:
     """Whether a rank of ours failed because another one had ended, as parallel/gate.py tells it."""
-    return status == 1 and any(_GONE.search(line) for line in last_lines(log))
+    return status == 1 and any(_GONE.search(line) for line in last_lines(log, 200))
 
 
 def not_joined(scheduler_log: Path, ranks: int) -> list[int]:

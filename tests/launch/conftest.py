@@ -115,16 +115,17 @@ def port() -> str:
         return str(server.getsockname()[1])
 
 
+def fake_command(job: Job, address: str) -> list[str]:
+    """fake_msrun.py instead of msrun: its workers need no MindSpore."""
+    first = job.ranks_of(job.node)[0]
+    return [
+        sys.executable, str(SCRIPT.with_name("fake_msrun.py")), str(job.log_dir), str(first), str(job.local),
+        sys.executable, str(Path(group.__file__).with_name("worker.py")), str(job.grace), job.interpreter,
+        *job.words,
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def fake_msrun(monkeypatch) -> None:
-    """Groups in this process start fake_msrun.py, whose workers need no MindSpore."""
-
-    def command(job: Job, address: str) -> list[str]:
-        first = job.ranks_of(job.node)[0]
-        return [
-            sys.executable, str(SCRIPT.with_name("fake_msrun.py")), str(job.log_dir), str(first), str(job.local),
-            sys.executable, str(Path(group.__file__).with_name("worker.py")), str(job.grace), job.interpreter,
-            *job.words,
-        ]  # fmt: skip
-
-    monkeypatch.setattr(group, "msrun_command", command)
+    """Groups in this process start fake_msrun.py."""
+    monkeypatch.setattr(group, "msrun_command", fake_command)

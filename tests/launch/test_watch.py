@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -206,3 +209,32 @@ def test_messages_that_make_no_sense_stop_nothing(tmp_path):
     outcome = watch.end()
     theirs.close()
     assert outcome.code == 1 and outcome.lines == ("the launcher of node 1 is gone",)
+
+
+def test_a_terminal_that_is_closed_is_a_stop_signal(tmp_path, port):
+    """The launcher has it as its controlling terminal, gets SIGHUP, and can write nothing more."""
+    code = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "from conftest import fake_command; from llm_core.launch import __main__, group\n"
+        "group.msrun_command = fake_command; code = __main__.main(sys.argv[2:])\n"
+        "open(sys.argv[1], 'w').write(str(code))"
+    )
+    script = tmp_path / "mine.py"
+    script.write_text("import os" + _BEGIN + SAVES.replace("time.sleep(2)", "print(1); time.sleep(3)"))
+    here = Path(__file__).parent
+    master, terminal = pty.openpty()
+    command = [f"{sys.executable} {script} {tmp_path}", "2", port, str(tmp_path / "logs"), "True", "60"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "code"), *command], start_new_session=True, cwd=here.parents[1],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | {"PYTHONPATH": f"{here}:{here.parents[1]}"},
+    ) as launcher:  # fmt: skip
+        os.close(terminal)
+        end = time.monotonic() + 30
+        while not all((tmp_path / f"ready_{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < end and launcher.poll() is None
+            time.sleep(0.05)
+        os.close(master)
+        launcher.send_signal(signal.SIGHUP)  # the shell's own
+        launcher.wait(40)
+    assert (tmp_path / "code").read_text() == "143"
+    assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
