@@ -6,6 +6,7 @@ a failure or a stop signal on one machine is known on all of them at once. Messa
 
 from __future__ import annotations
 
+import errno
 import json
 import select
 import socket
@@ -16,6 +17,8 @@ from typing import Any
 from llm_core.errors import EnvironmentFault
 from llm_core.launch.arguments import Job
 from llm_core.launch.failure import rank_list
+
+_PORT_SECONDS = 10.0  # for a port that is in use to become free
 
 Message = dict[str, Any]
 _REMIND = 60.0  # seconds between two lines about who is missing
@@ -92,10 +95,7 @@ def meet(
 def _receive_others(
     job: Job, address: str, say: Callable[[str], None], stopped: Callable[[], object], resume: bool
 ) -> Links:
-    try:
-        server = socket.create_server((address, job.port))
-    except OSError as error:
-        raise EnvironmentFault(f"port {job.port} of {job.address}: {error.strerror}") from None
+    server = _server(job, address)
     present: dict[int, socket.socket] = {}
     refusal = "node 0 has failed"
     try:
@@ -239,6 +239,18 @@ def _line(link: socket.socket) -> bytes:
             raise ConnectionResetError
         line += byte
     return line
+
+
+def _server(job: Job, address: str) -> socket.socket:
+    """Listens at ADDR:PORT. The scheduler of the start before may hold the port for a moment longer."""
+    end = time.monotonic() + _PORT_SECONDS
+    while True:
+        try:
+            return socket.create_server((address, job.port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                raise EnvironmentFault(f"port {job.port} of {job.address}: {error.strerror}") from None
+        time.sleep(0.2)
 
 
 def _decoded(line: bytes) -> Message | None:

@@ -27,6 +27,7 @@ class Held(nn.Cell):
 
     def __init__(self, share, only=""):
         super().__init__(auto_prefix=False)
+        self.spec, self.graph_key = SPEC, {}
         self.held = ms.ParameterTuple(
             [ms.Parameter(ms.Tensor(np.zeros_like(array)), name=name, requires_grad="mindpet_delta" in name)
              for name, array in parts(TENSORS, share).items() if name.startswith(only)]
