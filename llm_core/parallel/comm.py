@@ -214,6 +214,23 @@ class ReduceScatter(nn.Cell):
         return self.sum(x)[self.index * rows : (self.index + 1) * rows]
 
 
+class RowsOfSum(nn.Cell):
+    """x [R, ...] -> the rows of its sum over the ranks `summed` that belong to this one of the `replicas`, which are
+    among them. Not to be differentiated."""
+
+    def __init__(self, summed: Group, replicas: Group, rank: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.all_replicas = summed == replicas
+        self.scatter, self.sum = ReduceScatter(replicas, rank), Sum(summed)
+        self.count, self.index = len(replicas), replicas.index(rank)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.all_replicas:
+            return self.scatter(x)
+        rows = x.shape[0] // self.count
+        return self.sum(x)[self.index * rows : (self.index + 1) * rows]
+
+
 class GatherRows(nn.Cell):
     """Rows [n, ...] of every rank -> all rows, on all ranks. The gradient is summed over the ranks, each of which used
     all rows for something of its own; with `same_use` they all did the same, and it is only cut."""

@@ -19,7 +19,7 @@ from llm_core import ops as core_ops
 from llm_core.models.alibi import AlibiBias
 from llm_core.models.layers import Embedding, Parts
 from llm_core.models.spec import DecoderSpec
-from llm_core.parallel.comm import Comm, Gather, GatherRows, ReduceScatter, Sum, SumBackward, SumForward, SumRows
+from llm_core.parallel.comm import Comm, Gather, GatherRows, RowsOfSum, SumBackward, SumForward, SumRows
 from llm_core.parallel.cuts import Cut, embedding_is_cut, vocabulary_is_cut
 
 
@@ -236,7 +236,7 @@ class WholeWeight(nn.Cell):
 
     def __init__(self, summed: tuple[int, ...], replicas: tuple[int, ...], rank: int) -> None:
         super().__init__(auto_prefix=False)
-        self.gather, self.reduce = Gather(replicas, rank), _RowsOfSum(summed, replicas, rank)
+        self.gather, self.reduce = Gather(replicas, rank), RowsOfSum(summed, replicas, rank)
 
     def construct(self, rows):
         return self.gather(rows)
@@ -253,7 +253,7 @@ class ShardedProduct(nn.Cell):
 
     def __init__(self, summed: tuple[int, ...], replicas: tuple[int, ...], rank: int, bf16: bool) -> None:
         super().__init__(auto_prefix=False)
-        self.gather, self.reduce = Gather(replicas, rank), _RowsOfSum(summed, replicas, rank)
+        self.gather, self.reduce = Gather(replicas, rank), RowsOfSum(summed, replicas, rank)
         self.product = core_ops.LinearProduct(bf16)
 
     def construct(self, x, rows):
@@ -264,19 +264,3 @@ class ShardedProduct(nn.Cell):
         dx = self.product(dout, ops.transpose(weight, (1, 0)))
         dweight = self.product(ops.transpose(dout, (1, 0)), ops.transpose(x, (1, 0)))
         return dx, self.reduce(dweight)
-
-
-class _RowsOfSum(nn.Cell):
-    """A gradient [R, ...] -> this dp rank's rows of its sum over the ranks `summed`, the replicas among them."""
-
-    def __init__(self, summed: tuple[int, ...], replicas: tuple[int, ...], rank: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.all_replicas = summed == replicas
-        self.scatter, self.sum = ReduceScatter(replicas, rank), Sum(summed)
-        self.count, self.index = len(replicas), replicas.index(rank)
-
-    def construct(self, gradient: Tensor) -> Tensor:
-        if self.all_replicas:
-            return self.scatter(gradient)
-        rows = gradient.shape[0] // self.count
-        return self.sum(gradient)[self.index * rows : (self.index + 1) * rows]

@@ -14,14 +14,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from llm_core import ops as core_ops
 from llm_core.models.heads import training_loss
 from llm_core.ops import dropout_key
-from llm_core.parallel.comm import Comm, Gather, ReduceScatter, Sum
+from llm_core.parallel.comm import Comm, Gather, RowsOfSum, Sum
 from llm_core.parallel.cuts import Cut
 from llm_core.parallel.pipeline import PipelineAccumulator
 from llm_core.runtime import Compiled
-from llm_core.train.step import StepResult, WindowLoss, scalar
+from llm_core.train.step import Finish, StepResult, WindowLoss, scalar
 
 _LARGE = 1 << 20  # bytes of a gradient that travels alone; smaller ones share a collective
 _ROWS = "zero."  # what the name of a copy of some rows begins with
@@ -35,10 +34,13 @@ def optimizer_targets(weights: Sequence[Parameter], cuts: Mapping[str, Cut], com
     for weight in weights:
         cut = cuts[weight.name]
         if layout.zero < 3 and cut.is_sharded(layout, 1):
-            rows = weight.asnumpy()[cut.rows(layout, comm.place)]
-            weight = Parameter(Tensor(rows.copy()), name=_ROWS + weight.name)
+            weight = Parameter(_own_rows(weight, cut, comm), name=_ROWS + weight.name)
         targets.append(weight)
     return targets
+
+
+def _own_rows(weight: Parameter, cut: Cut, comm: Comm) -> Tensor:
+    return Tensor(weight.asnumpy()[cut.rows(comm.layout, comm.place)].copy())
 
 
 class ParallelStepper:
@@ -73,8 +75,14 @@ class ParallelStepper:
             step = ParallelAccumulate(training_loss(net), weights, sums, CollectGradients(own, comm))
             self.accumulate = Compiled(step.set_train(), **key)
         self.apply = Compiled(ParallelApply(weights, own, sums, optimizer, comm, max_grad_norm), **key)
-        self.refresh = refresher(weights, own, optimizer.params, comm)
+        self._weights, self._cuts, self._targets = weights, own, optimizer.params
         self._prepared: set[tuple[int, ...]] = set()
+
+    def refresh(self) -> None:
+        """To be called when weights have been loaded: the optimizer's copies of rows follow."""
+        for weight, cut, target in zip(self._weights, self._cuts, self._targets, strict=True):
+            if target is not weight:
+                target.set_data(_own_rows(weight, cut, self.comm))
 
     def run(
         self, window: Sequence[tuple[np.ndarray, np.ndarray]], *, lr: float, scale: float, update: int, step: int,
@@ -117,15 +125,9 @@ class ParallelStepper:
         self._prepared.add(batch[0].shape)
 
 
-def refresher(weights: Sequence[Parameter], cuts: Sequence[Cut], targets: Sequence[Parameter], comm: Comm) -> Any:
-    """A function to be called when weights have been loaded: the optimizer's copies of rows follow."""
-
-    def refresh() -> None:
-        for weight, cut, target in zip(weights, cuts, targets, strict=True):
-            if target is not weight:
-                target.set_data(Tensor(weight.asnumpy()[cut.rows(comm.layout, comm.place)].copy()))
-
-    return refresh
+def _rows_of_sum(cut: Cut, comm: Comm) -> RowsOfSum:
+    """From a gradient to this dp rank's rows of its sum over the ranks that share it."""
+    return RowsOfSum(cut.sum_group(comm.layout, comm.rank), comm.layout.replicas(comm.rank), comm.rank)
 
 
 class CollectGradients(nn.Cell):
@@ -137,7 +139,7 @@ class CollectGradients(nn.Cell):
         scattered = [comm.layout.zero == 2 and cut.is_sharded(comm.layout, 2) for cut in cuts]
         self.scattered = tuple(scattered)
         self.collectors = nn.CellList(
-            [RowsOfSum(cut, comm) if at else nn.Identity() for at, cut in zip(scattered, cuts, strict=True)],
+            [_rows_of_sum(cut, comm) if at else nn.Identity() for at, cut in zip(scattered, cuts, strict=True)],
             auto_prefix=False,
         )
 
@@ -146,23 +148,6 @@ class CollectGradients(nn.Cell):
         for i in range(len(self.scattered)):
             done = done + (self.collectors[i](grads[i]) if self.scattered[i] else grads[i],)
         return done
-
-
-class RowsOfSum(nn.Cell):
-    """A gradient [R, ...] -> this dp rank's rows of its sum over the ranks that share it."""
-
-    def __init__(self, cut: Cut, comm: Comm) -> None:
-        super().__init__(auto_prefix=False)
-        group, replicas = cut.sum_group(comm.layout, comm.rank), comm.layout.replicas(comm.rank)
-        self.all_replicas = group == replicas
-        self.scatter, self.sum = ReduceScatter(replicas, comm.rank), Sum(group)
-        rows = cut.rows(comm.layout, comm.place)
-        self.begin, self.end = rows.start, rows.stop
-
-    def construct(self, grad):
-        if self.all_replicas:
-            return self.scatter(grad)
-        return self.sum(grad)[self.begin : self.end]
 
 
 class ParallelAccumulate(nn.Cell):
@@ -194,12 +179,10 @@ class ParallelApply(nn.Cell):
     ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         layout = comm.layout
-        self.weights, self.sums, self.optimizer = weights, sums, optimizer
+        self.weights, self.sums, self.finish = weights, sums, Finish(optimizer, max_grad_norm)
         self.exchange = ExchangeGradients(cuts, comm)
-        self.squared_norm = core_ops.SquaredNorm()
         self.shares = tuple(1.0 / cut.copies(layout, 1) for cut in cuts)
         self.all_ranks = Sum(comm.world)
-        self.clips, self.max_grad_norm = max_grad_norm is not None, float(max_grad_norm or 0.0)
         self.count = len(cuts)
         self.copied = tuple(layout.zero < 3 and cut.is_sharded(layout, 1) for cut in cuts)
         self.gather = Gather(layout.replicas(comm.rank), comm.rank)
@@ -209,18 +192,13 @@ class ParallelApply(nn.Cell):
         grads = self.exchange(self.sums)
         squares = ops.zeros((), ms.float32)
         for i in range(self.count):
-            squares = squares + self.squared_norm(grads[i]) * self.shares[i]
+            squares = squares + self.finish.squared_norm(grads[i]) * self.shares[i]
         totals = self.all_ranks(ops.stack((squares, loss)))
-        norm, loss = ops.sqrt(totals[0]) / scale, totals[1]
-        coefficient = 1.0 / scale
-        if self.clips:
-            coefficient = coefficient * ops.minimum(self.max_grad_norm / (norm + 1e-6), 1.0)
-        applied = ops.logical_and(ops.isfinite(norm), loss <= loss_limit)
-        if applied:
-            self.optimizer(grads, lr, step, coefficient)
+        loss = totals[1]
+        norm, applied = self.finish.update(grads, totals[0], loss, scale, lr, step, loss_limit)
         for i in range(self.count):
             if self.copied[i]:
-                ops.assign(self.weights[i], self.gather(self.optimizer.params[i]))
+                ops.assign(self.weights[i], self.gather(self.finish.optimizer.params[i]))
             ops.assign(self.sums[i], ops.zeros_like(self.sums[i]))
         return loss, norm, applied
 
@@ -241,7 +219,7 @@ class ExchangeGradients(nn.Cell):
             group = cut.sum_group(layout, comm.rank)
             if cut.is_sharded(layout, 1):
                 self.alone[i] = len(cells)
-                cells.append(RowsOfSum(cut, comm))
+                cells.append(_rows_of_sum(cut, comm))
             elif 4 * int(np.prod(cut.part_shape)) >= _LARGE:
                 self.alone[i] = len(cells)
                 cells.append(Sum(group))

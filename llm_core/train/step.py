@@ -58,6 +58,10 @@ class Finish(nn.Cell):
         squares = ops.zeros((), ms.float32)
         for grad in grads:
             squares = squares + self.squared_norm(grad)
+        return self.update(grads, squares, loss, scale, lr, step, loss_limit)
+
+    def update(self, grads, squares, loss, scale, lr, step, loss_limit):
+        """The same, from the sum of the gradients' squares as well, fp32 []."""
         norm = ops.sqrt(squares) / scale
         coefficient = 1.0 / scale
         if self.clips:
