@@ -69,7 +69,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llm_core", "llm_core.*"]),
-    package_data={"llm_core.kernels": ["cpu/*.cpp", "cpu/*.h"]},
+    package_data={"llm_core.kernels": ["abi/*", "cpu/*"]},
     cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
     entry_points={"console_scripts": ["run-llm = llm_core.cli:main"]},
     install_requires=[

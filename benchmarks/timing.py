@@ -76,7 +76,7 @@ class Peak:
 
         with tempfile.TemporaryDirectory() as folder:
             target = f"{folder}/peak.so"
-            flags = [*COMMON, *ISA_FLAGS[isa], f"-I{SOURCES}", "-shared"]
+            flags = [*COMMON, *ISA_FLAGS[isa], *(f"-I{folder}" for folder in SOURCES), "-shared"]
             subprocess.run([*find_compiler().command, *flags, str(HERE / "peak.cpp"), "-o", target], check=True)
             library = ctypes.CDLL(target)
         self._loops = {"fp32": library.multiply_add_fp32, "bf16": library.multiply_add_bf16}

@@ -70,7 +70,7 @@ def _state(isa: str, compiler: Compiler | None) -> tuple[str, bool]:
 
 def _found(isa: str) -> Path | None:
     try:
-        return existing(isa, Sources.read(SOURCES))
+        return existing(isa, Sources.read(*SOURCES))
     except KernelsUnavailable:  # $CXX is wrong
         return None
 

@@ -23,8 +23,9 @@ from llm_core.runtime import cache_dir
 
 from .compiler import Compiler, KernelsUnavailable, Sources, compile_library, find_compiler, refusal
 
-SOURCES = Path(__file__).resolve().parent / "cpu"
-SHIPPED = Path(__file__).resolve().parent / "lib"
+_HERE = Path(__file__).resolve().parent
+SOURCES = (_HERE / "abi", _HERE / "cpu")
+SHIPPED = _HERE / "lib"
 # Files kept in the cache, the latest used: libraries for four instruction sets of four states of the sources, and
 # the object files of about as much.
 _KEPT_LIBRARIES = 16
@@ -32,18 +33,18 @@ _KEPT_OBJECTS = 256
 _NEVER_PRUNED = 24 * 3600.0  # seconds since its last use: a running process may still open it
 
 
-def library_path(isa: str, sources: Path = SOURCES, extra: tuple[str, ...] = ()) -> Path:
+def library_path(isa: str, sources: tuple[Path, ...] = SOURCES, extra: tuple[str, ...] = ()) -> Path:
     """The library for one instruction set that fits the sources as they are now; compiled if there is none.
 
     Args:
         isa: a name of `ISA_FLAGS`.
-        sources: folder of the C++ files.
+        sources: folders of the C++ files.
         extra: further flags for the compiler; they make another library.
 
     Raises:
         KernelsUnavailable: no compiler, or it refuses the flags or the sources, or there is nowhere to write.
     """
-    snapshot = Sources.read(sources)
+    snapshot = Sources.read(*sources)
     if found := existing(isa, snapshot, extra):
         return found
     compiler = find_compiler()
@@ -82,7 +83,7 @@ def existing(isa: str, snapshot: Sources, extra: tuple[str, ...] = ()) -> Path |
 def ship(isa: str, folder: Path) -> Path:
     """Put a library into a folder that will be `SHIPPED` of a wheel. KernelsUnavailable, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    shipped = folder / f"libkernels_{isa}-{Sources.read(SOURCES).digest(isa)}.so"
+    shipped = folder / f"libkernels_{isa}-{Sources.read(*SOURCES).digest(isa)}.so"
     shutil.copyfile(library_path(isa), shipped)
     return shipped
 

@@ -108,9 +108,10 @@ class Sources:
     files: dict[str, bytes]
 
     @classmethod
-    def read(cls, folder: Path) -> Sources:
-        """All .cpp and .h files of a folder. OSError."""
-        return cls({path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".cpp", ".h")})
+    def read(cls, *folders: Path) -> Sources:
+        """All .cpp and .h files of some folders, which share no name. OSError."""
+        paths = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+        return cls({path.name: path.read_bytes() for path in paths})
 
     def digest(self, isa: str, extra: Iterable[str] = ()) -> str:
         """Differs wherever the library of these sources might: contents, flags, machine."""

@@ -60,7 +60,7 @@ void backward(Args& args) {
 }  // namespace
 
 KERNEL(attention_backward) {
-  if (!args.next_is_bf16()) return backward<Fp32, float>(args);
+  if (!args.next_is("bfloat16")) return backward<Fp32, float>(args);
 #if defined(__AVX512BF16__)
   return backward<Bf16, bf16>(args);
 #else

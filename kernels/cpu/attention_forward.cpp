@@ -4,7 +4,7 @@
 namespace run_llm {
 
 KERNEL(attention_forward) {
-  if (!args.next_is_bf16()) return attend<Fp32, float>(AttentionCall<float>::forward(args));
+  if (!args.next_is("bfloat16")) return attend<Fp32, float>(AttentionCall<float>::forward(args));
 #if defined(__AVX512BF16__)
   return attend<Bf16, bf16>(AttentionCall<bf16>::forward(args));
 #else

@@ -27,10 +27,10 @@ ORDERS = {"nn": (False, False), "nt": (False, True), "tn": (True, False), "tt": 
 def gemm_library(isa: str, tmp_path_factory: pytest.TempPathFactory) -> Library:
     """gemm.cpp and the operator of gemm_any.cpp, compiled for `isa`."""
     folder = tmp_path_factory.mktemp("gemm")
-    needed = [SOURCES / "abi.cpp", SOURCES / "gemm.cpp", Path(__file__).with_name("gemm_any.cpp")]
-    for path in (*SOURCES.glob("*.h"), *needed):
+    abi, cpu = SOURCES
+    for path in (*abi.iterdir(), *cpu.glob("*.h"), cpu / "gemm.cpp", Path(__file__).with_name("gemm_any.cpp")):
         shutil.copy(path, folder)
-    return Library(library_path(isa, folder), isa)
+    return Library(library_path(isa, (folder,)), isa)
 
 
 @pytest.fixture(params=["fp32", "bf16"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llm_core.kernels import KernelsUnavailable, available
-from llm_core.kernels.build import library_path
+from llm_core.kernels.build import SOURCES, library_path
 from llm_core.kernels.compiler import find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +38,12 @@ def runtime(name: str) -> str:
     return str(path.resolve())
 
 
-def fuzzed(isa: str, sources: Path | None = None) -> subprocess.CompletedProcess[str]:
+def fuzzed(isa: str, sources: tuple[Path, ...] = SOURCES) -> subprocess.CompletedProcess[str]:
     """Run fuzz.py on the sanitized library of an instruction set."""
     # libstdc++ as well: the sanitizer looks for its exceptions when the process starts, long before a kernel loads it
     preload = " ".join(runtime(name) for name in ("libasan.so", "libstdc++.so.6"))
     try:
-        path = library_path(isa, *([sources] if sources else []), extra=SANITIZED)
+        path = library_path(isa, sources, extra=SANITIZED)
     except KernelsUnavailable as error:
         pytest.fail(str(error))
     env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc",
@@ -62,7 +62,7 @@ def test_no_kernel_leaves_its_bounds(isa):
 def test_a_read_out_of_bounds_is_found(tmp_path):
     """The harness itself: a kernel that reads one number too far."""
     for name in ("abi.h", "abi.cpp"):
-        shutil.copy(ROOT / "kernels" / "cpu" / name, tmp_path)
+        shutil.copy(ROOT / "kernels" / "abi" / name, tmp_path)
     (tmp_path / "bad.cpp").write_text(BAD)
-    done = fuzzed("plain", tmp_path)
+    done = fuzzed("plain", (tmp_path,))
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stdout[-300:] + done.stderr[-3000:]

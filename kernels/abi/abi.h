@@ -25,6 +25,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+/// A number of IEEE 754's binary16.
+struct fp16 {
+  uint16_t bits;
+};
+
 /// The arguments of one call, taken in order: inputs first, outputs after them.
 ///
 /// A shape is written as dimension names and numbers with spaces between: "B S H 2". A name stands for any size
@@ -32,10 +37,11 @@ struct bf16 {
 /// an array without elements, which no kernel has a use for (nor has MindSpore).
 class Args {
  public:
-  Args(const char* kernel, int count, void** params, int* ndims, int64_t** shapes, const char** dtypes)
-      : kernel_(kernel), count_(count), params_(params), ndims_(ndims), shapes_(shapes), dtypes_(dtypes) {}
+  Args(const char* kernel, int count, void** params, int* ndims, int64_t** shapes, const char** dtypes, void* stream)
+      : kernel_(kernel), count_(count), params_(params), ndims_(ndims), shapes_(shapes), dtypes_(dtypes),
+        stream_(stream) {}
 
-  /// Next argument; T is float, int32_t or bf16.
+  /// Next argument; T is float, int32_t, bf16 or fp16.
   template <class T>
   const T* input(const char* name, const char* shape);
   template <class T>
@@ -45,11 +51,13 @@ class Args {
   bool absent() const;
   /// Step over the next argument.
   void skip() { ++next_; }
-  /// Whether the next argument holds bfloat16.
-  bool next_is_bf16() const;
+  /// Whether the next argument holds numbers of that dtype's name.
+  bool next_is(const char* dtype) const;
   /// Number of dimensions of the next argument.
   int next_rank() const;
 
+  /// The GPU's stream that the call belongs to; null on a CPU.
+  void* stream() const { return stream_; }
   /// Size of a dimension that has been named so far.
   int64_t size(const char* name) const;
   /// Throw "kernel: argument: what" unless the condition holds.
@@ -71,6 +79,7 @@ class Args {
   int* ndims_;
   int64_t** shapes_;
   const char** dtypes_;
+  void* stream_;
   int next_ = 0;
   Dim dims_[kMostDims];
   int named_ = 0;
@@ -83,8 +92,9 @@ int guarded(const char* kernel, void (*body)(Args&), Args& args);
 
 #define KERNEL(name)                                                                                       \
   static void name##_body(run_llm::Args& args);                                                            \
-  EXPORT int name(int count, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) { \
-    run_llm::Args args(#name, count, params, ndims, shapes, dtypes);                                       \
+  EXPORT int name(int count, void** params, int* ndims, int64_t** shapes, const char** dtypes, void* stream, \
+                  void*) {                                                                                  \
+    run_llm::Args args(#name, count, params, ndims, shapes, dtypes, stream);                               \
     return run_llm::guarded(#name, name##_body, args);                                                     \
   }                                                                                                        \
   static void name##_body(run_llm::Args& args)

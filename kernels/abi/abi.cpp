@@ -24,6 +24,8 @@ template <>
 constexpr const char* dtype_name<int32_t>() { return "int32"; }
 template <>
 constexpr const char* dtype_name<bf16>() { return "bfloat16"; }
+template <>
+constexpr const char* dtype_name<fp16>() { return "float16"; }
 
 }  // namespace
 
@@ -80,13 +82,15 @@ T* Args::output(const char* name, const char* shape) {
 template const float* Args::input<float>(const char*, const char*);
 template const int32_t* Args::input<int32_t>(const char*, const char*);
 template const bf16* Args::input<bf16>(const char*, const char*);
+template const fp16* Args::input<fp16>(const char*, const char*);
 template float* Args::output<float>(const char*, const char*);
 template int32_t* Args::output<int32_t>(const char*, const char*);
 template bf16* Args::output<bf16>(const char*, const char*);
+template fp16* Args::output<fp16>(const char*, const char*);
 
 bool Args::absent() const { return next_ < count_ && ndims_[next_] == 1 && shapes_[next_][0] == 1; }
 
-bool Args::next_is_bf16() const { return next_ < count_ && std::strcmp(dtypes_[next_], "bfloat16") == 0; }
+bool Args::next_is(const char* dtype) const { return next_ < count_ && std::strcmp(dtypes_[next_], dtype) == 0; }
 
 int Args::next_rank() const { return next_ < count_ ? ndims_[next_] : 0; }
 
@@ -123,33 +127,3 @@ int guarded(const char* kernel, void (*body)(Args&), Args& args) {
 
 /// What the last failed call of this thread said.
 EXPORT const char* last_error() { return run_llm::error_text.c_str(); }
-
-/// The instruction set that this library was compiled for.
-EXPORT const char* instruction_set() {
-#if defined(__AVX512BF16__)
-  return "avx512_bf16";
-#elif defined(__AVX512F__)
-  return "avx512";
-#elif defined(__AVX2__)
-  return "avx2";
-#else
-  return "plain";
-#endif
-}
-
-/// Whether this processor, and the system on it, can run the library of that name.
-EXPORT int cpu_supports(const char* name) {
-  const std::string set = name;
-  if (set == "plain") return 1;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512cd");
-  if (set == "avx2") return avx2;
-  if (set == "avx512") return avx512;
-  if (set == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-  return 0;
-}

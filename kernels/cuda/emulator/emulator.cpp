@@ -1,0 +1,288 @@
+#include "emulator.h"
+
+#include <omp.h>
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "abi.h"
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStack = 256 << 10;
+constexpr size_t kSharedAlign = 1024;
+constexpr size_t kGuard = 4096;          // bytes behind shared memory that nothing may change
+constexpr unsigned char kUnset = 0xff;  // a NaN in every floating-point type
+constexpr int kBarriers = 16;
+
+unsigned seed = 0;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+/// A place where threads wait for each other.
+struct Meeting {
+  const char* what = nullptr;
+  int arrived = 0;
+  std::vector<int> waiting;
+  void* given[kWarp] = {};
+};
+
+struct Fiber {
+  jmp_buf where;
+  ucontext_t start;
+  void* stack = nullptr;
+  bool started = false, ended = false;
+  const char* waits_for = nullptr;
+  dim3 thread;
+  std::deque<std::vector<Copy>> groups;  // closed by commit(), the oldest first
+  std::vector<Copy> open;
+};
+
+/// Stacks, kept from block to block.
+class Stacks {
+ public:
+  ~Stacks() {
+    for (void* stack : all_) munmap(stack, kStack);
+  }
+  void* get(size_t index) {
+    while (all_.size() <= index) {
+      void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (stack == MAP_FAILED) throw std::bad_alloc();
+      all_.push_back(stack);
+    }
+    return all_[index];
+  }
+
+ private:
+  std::vector<void*> all_;
+};
+
+class Block {
+ public:
+  Block(int threads, size_t shared_bytes, const std::function<void()>& kernel)
+      : kernel_(kernel), shared_bytes_(shared_bytes), fibers_(threads), warps_(threads / kWarp), barriers_(kBarriers),
+        memory_(shared_bytes + kGuard + kSharedAlign) {
+    const auto start = reinterpret_cast<uintptr_t>(memory_.data());
+    shared_ = reinterpret_cast<unsigned char*>((start + kSharedAlign - 1) / kSharedAlign * kSharedAlign);
+  }
+
+  void run(dim3 index, dim3 blocks, unsigned random_seed);
+
+  void suspend(const char* waits_for) {
+    Fiber& fiber = *running_;
+    fiber.waits_for = waits_for;
+    if (_setjmp(fiber.where) == 0) _longjmp(scheduler_, 1);
+  }
+  void wake(const std::vector<int>& those) { ready_.insert(ready_.end(), those.begin(), those.end()); }
+  void stay_ready() { ready_.push_back(number()); }
+  int number() const { return static_cast<int>(running_ - fibers_.data()); }
+  Fiber& running() { return *running_; }
+  Meeting& warp() { return warps_[static_cast<size_t>(number() / kWarp)]; }
+  Meeting& barrier(int index) { return barriers_[static_cast<size_t>(index)]; }
+  unsigned char* shared() { return shared_; }
+  size_t shared_bytes() const { return shared_bytes_; }
+  [[noreturn]] void stop(const std::string& text) {
+    error_ = text;
+    _longjmp(scheduler_, 2);
+  }
+
+  Place place;
+
+ private:
+  static void enter();
+  int resume();
+
+  const std::function<void()>& kernel_;
+  size_t shared_bytes_;
+  std::vector<Fiber> fibers_;
+  std::vector<Meeting> warps_, barriers_;
+  std::vector<unsigned char> memory_;
+  unsigned char* shared_;
+  std::vector<int> ready_;
+  Fiber* running_ = nullptr;
+  jmp_buf scheduler_;
+  std::string error_;
+};
+
+thread_local Block* current = nullptr;
+thread_local Stacks stacks;
+
+void Block::enter() {
+  current->kernel_();
+  current->running_->ended = true;
+  _longjmp(current->scheduler_, 1);
+}
+
+/// Let the chosen fiber run until it waits, ends (1) or fails (2).
+int Block::resume() {
+  const int back = _setjmp(scheduler_);
+  if (back) return back;
+  if (running_->started) _longjmp(running_->where, 1);
+  running_->started = true;
+  setcontext(&running_->start);
+  return 2;  // never: setcontext does not return
+}
+
+void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
+  std::minstd_rand random(random_seed + 1);
+  std::memset(shared_, kUnset, shared_bytes_ + kGuard);
+  place.block = index;
+  place.blocks = blocks;
+  place.threads = dim3(static_cast<unsigned>(fibers_.size()));
+  ready_.resize(fibers_.size());
+  std::iota(ready_.begin(), ready_.end(), 0);
+  for (size_t i = 0; i < fibers_.size(); ++i) {
+    Fiber& fiber = fibers_[i];
+    fiber.thread = dim3(static_cast<unsigned>(i), 0, 0);
+    fiber.started = fiber.ended = false;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = stacks.get(i);
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, &Block::enter, 0);
+  }
+  current = this;
+  while (!ready_.empty()) {
+    std::swap(ready_[random() % ready_.size()], ready_.back());
+    running_ = &fibers_[static_cast<size_t>(ready_.back())];
+    ready_.pop_back();
+    place.thread = running_->thread;
+    if (resume() == 2) throw std::runtime_error(error_);
+  }
+  for (const Fiber& fiber : fibers_) {
+    const std::string who = "thread " + std::to_string(fiber.thread.x) + " of block (" + std::to_string(index.x) + ", " +
+                            std::to_string(index.y) + ", " + std::to_string(index.z) + ") ";
+    if (!fiber.ended) throw std::runtime_error(who + "waits for ever: " + fiber.waits_for);
+    if (!fiber.open.empty() || !fiber.groups.empty())
+      throw std::runtime_error(who + "ended before its asynchronous copies");
+  }
+  for (size_t i = 0; i < kGuard; ++i)
+    if (shared_[shared_bytes_ + i] != kUnset)
+      throw std::runtime_error("written past the end of shared memory: byte " + std::to_string(shared_bytes_ + i) +
+                               " of " + std::to_string(shared_bytes_));
+}
+
+void carry_out(const std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    if (copy.from)
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    else
+      std::memset(copy.to, 0, copy.bytes);
+  }
+}
+
+}  // namespace
+
+const Place& place() { return current->place; }
+
+void* shared() { return current->shared(); }
+
+void fail(const std::string& text) { current->stop(text); }
+
+void check_shared(const char* what, const void* address, size_t bytes, size_t align) {
+  const auto* first = static_cast<const unsigned char*>(address);
+  if (first < current->shared() || first + bytes > current->shared() + current->shared_bytes())
+    fail(std::string(what) + ": an address outside shared memory");
+  if (reinterpret_cast<uintptr_t>(address) % align) fail(std::string(what) + ": a misaligned address");
+}
+
+void in_warp(const char* what, void* mine, const std::function<void(void**)>& act) {
+  Meeting& meeting = current->warp();
+  if (meeting.arrived && std::strcmp(meeting.what, what) != 0)
+    fail(std::string("lanes of a warp part ways: ") + meeting.what + " and " + what);
+  meeting.what = what;
+  meeting.given[current->number() % kWarp] = mine;
+  if (++meeting.arrived < kWarp) {
+    meeting.waiting.push_back(current->number());
+    current->suspend(what);
+    return;
+  }
+  act(meeting.given);
+  meeting.arrived = 0;
+  current->wake(meeting.waiting);
+  meeting.waiting.clear();
+}
+
+void barrier(int index, int threads, bool stay) {
+  if (index < 0 || index >= kBarriers || threads % kWarp)
+    fail("no such barrier: " + std::to_string(index) + " of " + std::to_string(threads) + " threads");
+  Meeting& meeting = current->barrier(index);
+  if (++meeting.arrived < threads) {
+    if (!stay) return;
+    meeting.waiting.push_back(current->number());
+    current->suspend("a barrier");
+    return;
+  }
+  meeting.arrived = 0;
+  current->wake(meeting.waiting);
+  meeting.waiting.clear();
+}
+
+void yield() {
+  current->stay_ready();
+  current->suspend("its turn");
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  check_shared("an asynchronous copy", to, bytes, bytes);
+  if (reinterpret_cast<uintptr_t>(from) % bytes) fail("an asynchronous copy: a misaligned source");
+  std::memset(to, kUnset, bytes);
+  current->running().open.push_back({to, from, bytes});
+}
+
+void commit() {
+  Fiber& fiber = current->running();
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void wait_for_copies(int left) {
+  auto& groups = current->running().groups;
+  for (; groups.size() > static_cast<size_t>(left); groups.pop_front()) carry_out(groups.front());
+}
+
+void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads < 1 || threads > 1024 || threads % kWarp)
+    throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
+  if (shared_bytes > 227 << 10) throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
+  const size_t count = static_cast<size_t>(blocks.x) * blocks.y * blocks.z;
+  std::vector<size_t> order(count);
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::shuffle(order.begin(), order.end(), std::minstd_rand(seed + 1));
+  std::string error;
+  std::mutex lock;
+#pragma omp parallel
+  {
+    auto block = std::make_unique<Block>(threads, shared_bytes, kernel);
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < count; ++i) {
+      const size_t n = order[i];
+      const dim3 index(n % blocks.x, n / blocks.x % blocks.y, n / blocks.x / blocks.y);
+      try {
+        if (error.empty()) block->run(index, blocks, seed * 7919 + static_cast<unsigned>(n));
+      } catch (const std::exception& caught) {
+        block = std::make_unique<Block>(threads, shared_bytes, kernel);
+        const std::lock_guard<std::mutex> held(lock);
+        error = caught.what();
+      }
+    }
+  }
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+}  // namespace emulator
+
+/// Draw the order of threads and blocks from this number from now on.
+EXPORT void emulator_seed(unsigned value) { emulator::seed = value; }
