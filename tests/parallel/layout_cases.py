@@ -18,7 +18,7 @@ import yaml
 SEQ_LENGTH, VOCAB, RECORDS = 16, 96, 84
 RECORDS_A_STEP, STEPS = 8, 20  # 84 records: every epoch's last window is half a window
 SCRIPT = Path(__file__).with_name("many_runs.py")
-LAUNCH_SECONDS = 1500
+RUN_SECONDS = 90  # that a launch may take for each of its runs, however busy the machine
 
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {"type": "LlamaConfig", "num_heads": 4, "n_kv_heads": 2, "intermediate_size": 48}),
@@ -179,8 +179,9 @@ def launch(folder: Path, world: int, commands: list[list[str]]) -> list[list[int
             f"--local_worker_num={world}", f"--master_port={port}", "--join=True", f"--log_dir={folder / 'log'}",
             str(SCRIPT), str(jobs),
         ]  # fmt: skip
+    seconds = 300 + RUN_SECONDS * len(commands)
     ended = subprocess.run(
-        command, cwd=folder, env=environment, timeout=LAUNCH_SECONDS, capture_output=True, text=True, check=False
+        command, cwd=folder, env=environment, timeout=seconds, capture_output=True, text=True, check=False
     )
     codes = [jobs.with_name(f"{jobs.name}.rank_{rank}") for rank in range(world)]
     assert all(path.exists() for path in codes), ended.stdout[-3000:] + ended.stderr[-3000:]
