@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # pip does not put it there
 
 from llm_core.kernels import ISAS, KernelsUnavailable  # noqa: E402  standard library only
-from llm_core.kernels.build import ship  # noqa: E402
+from llm_core.kernels.build import SOURCES, ship  # noqa: E402
+from llm_core.kernels.compiler import cpu_target  # noqa: E402
 
 
 class BuildPy(build_py):
@@ -35,7 +36,7 @@ class BuildPy(build_py):
         shutil.rmtree(libraries, ignore_errors=True)
         for isa in ISAS:
             try:
-                self.announce(f"kernels: {ship(isa, libraries).name}", level=2)
+                self.announce(f"kernels: {ship(cpu_target(isa, SOURCES), libraries).name}", level=2)
             except KernelsUnavailable as error:
                 self.warn(f"this wheel has no kernels for {isa}: {error}")
 
@@ -69,7 +70,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llm_core", "llm_core.*"]),
-    package_data={"llm_core.kernels": ["abi/*", "cpu/*"]},
+    package_data={"llm_core.kernels": ["abi/*", "cpu/*", "cuda/*", "cuda/emulator/*"]},
     cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
     entry_points={"console_scripts": ["run-llm = llm_core.cli:main"]},
     install_requires=[

@@ -1,4 +1,4 @@
-"""The CPU kernels: C++ in cpu/, compiled for several instruction sets, one of which this machine uses."""
+"""The kernels: C++ for the CPU in cpu/, compiled for several instruction sets, and CUDA C++ for a GPU in cuda/."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import cache
 
 from llm_core.errors import UserError
 
-from .build import library_path
+from .build import built, emulator_target, library_path
 from .compiler import ISA_FLAGS, KernelsUnavailable
-from .library import BFloat16, KernelError, Library
+from .library import BFloat16, Emulator, KernelError, Library
 
-__all__ = ["ISAS", "BFloat16", "KernelError", "KernelsUnavailable", "Library", "available",
-           "candidates", "library"]
+__all__ = ["ISAS", "BFloat16", "Emulator", "KernelError", "KernelsUnavailable", "Library", "available",
+           "candidates", "emulator", "library"]
 
 ISAS = tuple(ISA_FLAGS)
 """Instruction sets that there are libraries for, the best first."""
@@ -85,6 +85,11 @@ def library(isa: str | None = None) -> Library:
     if isa or os.environ.get("KERNELS"):
         raise UserError(f"{why}: {reason}")
     raise KernelsUnavailable(reason)
+
+
+def emulator() -> Emulator:
+    """The CUDA kernels with the GPU's threads emulated, for tests on a CPU. KernelsUnavailable."""
+    return Emulator(built(emulator_target()), "emulator")
 
 
 @cache

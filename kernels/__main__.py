@@ -12,7 +12,7 @@ from llm_core.runtime import prepare_environment, usable_cores
 
 from . import ISAS, KernelsUnavailable, available, candidates
 from .build import SOURCES, existing, library_path
-from .compiler import Compiler, Sources, find_compiler, refusal
+from .compiler import Compiler, Sources, cpu_target, find_compiler, refusal
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,13 +64,13 @@ def _state(isa: str, compiler: Compiler | None) -> tuple[str, bool]:
     found = _found(isa)
     if found:
         return f"built: {found}", True
-    reason = refusal(compiler, isa) if compiler else "there is no compiler"
+    reason = refusal(compiler, cpu_target(isa, SOURCES)) if compiler else "there is no compiler"
     return (f"not built, and cannot be: {reason}", False) if reason else ("not built; compiled on first use", True)
 
 
 def _found(isa: str) -> Path | None:
     try:
-        return existing(isa, Sources.read(*SOURCES))
+        return existing(cpu_target(isa, SOURCES), Sources.read(*SOURCES))
     except KernelsUnavailable:  # $CXX is wrong
         return None
 

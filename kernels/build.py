@@ -1,4 +1,4 @@
-"""Where the library of an instruction set lies: shipped with the package, in the user's cache, or still to be made.
+"""Where a library lies: shipped with the package, in the user's cache, or still to be made.
 
 The name of a library holds a hash of all that it was made from, so a library that is found is never stale: an edited
 source, other flags or another compiler look for another name.
@@ -21,10 +21,12 @@ from pathlib import Path
 from llm_core.disk import fsync
 from llm_core.runtime import cache_dir
 
-from .compiler import Compiler, KernelsUnavailable, Sources, compile_library, find_compiler, refusal
+from .compiler import COMMON, Compiler, KernelsUnavailable, Sources, Target, compile_library, cpu_target, refusal
 
 _HERE = Path(__file__).resolve().parent
 SOURCES = (_HERE / "abi", _HERE / "cpu")
+CUDA_SOURCES = (_HERE / "abi", _HERE / "cuda")
+EMULATOR_SOURCES = (*CUDA_SOURCES, _HERE / "cuda" / "emulator")
 SHIPPED = _HERE / "lib"
 # Files kept in the cache, the latest used: libraries for four instruction sets of four states of the sources, and
 # the object files of about as much.
@@ -34,7 +36,7 @@ _NEVER_PRUNED = 24 * 3600.0  # seconds since its last use: a running process may
 
 
 def library_path(isa: str, sources: tuple[Path, ...] = SOURCES, extra: tuple[str, ...] = ()) -> Path:
-    """The library for one instruction set that fits the sources as they are now; compiled if there is none.
+    """The CPU kernels' library for one instruction set.
 
     Args:
         isa: a name of `ISA_FLAGS`.
@@ -42,34 +44,52 @@ def library_path(isa: str, sources: tuple[Path, ...] = SOURCES, extra: tuple[str
         extra: further flags for the compiler; they make another library.
 
     Raises:
+        KernelsUnavailable: as `built`.
+    """
+    return built(cpu_target(isa, sources, extra))
+
+
+def emulator_target(sources: tuple[Path, ...] = EMULATOR_SOURCES, debug: bool = False) -> Target:
+    """The CUDA kernels' sources for the CPU, under kernels/cuda/emulator; `debug`: for a debugger to step through."""
+    # The C library's checks of longjmp take a jump to another fiber's stack for an error.
+    optimised = ("-O0", "-g") if debug else ("-O2",)
+    flags = (*COMMON, *optimised, "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DHAS_HOPPER")
+    return Target(f"emulator{'_debug' if debug else ''}", "CUDA kernels for the emulator", sources, flags,
+                  special=(("*.cu", ("-x", "c++")),))
+
+
+def built(target: Target) -> Path:
+    """The library of a kind that fits the sources as they are now; compiled if there is none.
+
+    Raises:
         KernelsUnavailable: no compiler, or it refuses the flags or the sources, or there is nowhere to write.
     """
-    snapshot = Sources.read(*sources)
-    if found := existing(isa, snapshot, extra):
+    snapshot = Sources.read(*target.folders)
+    if found := existing(target, snapshot):
         return found
-    compiler = find_compiler()
-    if reason := refusal(compiler, isa):
+    compiler = target.compiler()
+    if reason := refusal(compiler, target):
         raise KernelsUnavailable(reason)
     try:
-        return _build_in(cache_dir() / "kernels", compiler, isa, snapshot, extra)
+        return _build_in(cache_dir() / "kernels", compiler, target, snapshot)
     except OSError as cache_error:  # read-only, full, a file system without locks
         try:
-            return _build_in(_private_folder(), compiler, isa, snapshot, extra)
+            return _build_in(_private_folder(), compiler, target, snapshot)
         except OSError as error:
             raise KernelsUnavailable(f"nowhere to put the compiled kernels: {cache_error}; {error}") from None
 
 
-def existing(isa: str, snapshot: Sources, extra: tuple[str, ...] = ()) -> Path | None:
+def existing(target: Target, snapshot: Sources) -> Path | None:
     """A library made of these sources that lies ready: shipped, or in the cache.
 
     The cached one must come from the compiler of today. Where there is no compiler, any will do: a cluster's
     nodes may share the cache of a login node that has one.
     """
-    name = f"libkernels_{isa}-{snapshot.digest(isa, extra)}"
+    name = _name(target, snapshot)
     if (shipped := SHIPPED / f"{name}.so").is_file():
         return shipped
     try:
-        compiled_by = find_compiler().digest
+        compiled_by = target.compiler().digest
     except KernelsUnavailable:
         if os.environ.get("CXX"):
             raise
@@ -80,35 +100,39 @@ def existing(isa: str, snapshot: Sources, extra: tuple[str, ...] = ()) -> Path |
     return found
 
 
-def ship(isa: str, folder: Path) -> Path:
+def ship(target: Target, folder: Path) -> Path:
     """Put a library into a folder that will be `SHIPPED` of a wheel. KernelsUnavailable, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    shipped = folder / f"libkernels_{isa}-{Sources.read(*SOURCES).digest(isa)}.so"
-    shutil.copyfile(library_path(isa), shipped)
+    shipped = folder / f"{_name(target, Sources.read(*target.folders))}.so"
+    shutil.copyfile(built(target), shipped)
     return shipped
 
 
-def _build_in(folder: Path, compiler: Compiler, isa: str, snapshot: Sources, extra: tuple[str, ...]) -> Path:
+def _name(target: Target, snapshot: Sources) -> str:
+    return f"libkernels_{target.name}-{snapshot.digest(target)}"
+
+
+def _build_in(folder: Path, compiler: Compiler, target: Target, snapshot: Sources) -> Path:
     """Build in a folder that other processes may be building in. OSError: it cannot be written."""
-    target = folder / f"libkernels_{isa}-{snapshot.digest(isa, extra)}-{compiler.digest}.so"
+    made = folder / f"{_name(target, snapshot)}-{compiler.digest}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):
-        if target.is_file():  # made by the process that had the lock before us
-            return target
+        if made.is_file():  # by the process that had the lock before us
+            return made
         for left in folder.glob("new-*"):  # by a process that was killed: nobody else builds now
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
         try:
-            print(f"compiling the CPU kernels for {isa} (once, about a minute) ...", file=sys.stderr, flush=True)
-            made, warnings = compile_library(compiler, isa, snapshot, work, folder / "objects", extra)
-            fsync(made)
-            target.with_suffix(".log").write_text(warnings, encoding="utf-8")
-            made.replace(target)
+            print(f"compiling the {target.title} (once, about a minute) ...", file=sys.stderr, flush=True)
+            new, messages = compile_library(compiler, target, snapshot, work, folder / "objects")
+            fsync(new)
+            made.with_suffix(".log").write_text(messages, encoding="utf-8")
+            new.replace(made)
             fsync(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         _prune(folder)
-    return target
+    return made
 
 
 @contextmanager
@@ -118,7 +142,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("waiting for another process that compiles the CPU kernels ...", file=sys.stderr, flush=True)
+            print("waiting for another process that compiles kernels ...", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,4 +1,4 @@
-"""From C++ sources to one shared library: which compiler, its flags for an instruction set, and what it refuses."""
+"""From sources to one shared library: the kinds of library, the C++ compiler, its flags, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -35,27 +36,33 @@ COMMON = (
     "-ffp-contract=fast", "-Wall", "-Wextra",
 )
 # Needs C++17, the flags, OpenMP's header and library, and a linker.
-_PROBE = """#include <omp.h>
+PROBE = ("probe.cpp", """#include <omp.h>
 #include <optional>
 extern "C" int probe() { return std::optional<int>(omp_get_max_threads()).value_or(0); }
-"""
+""")
 
 
 class KernelsUnavailable(Exception):
-    """The kernels, or those of one instruction set, cannot be had here; the message says why."""
+    """The kernels, or those of one kind, cannot be had here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command that starts it, and all that its --version says."""
+    """A C++ compiler, or nvcc: the command that starts it, and all that its --version says."""
 
     command: tuple[str, ...]
     version: str
 
     @property
     def name(self) -> str:
-        """Its command and the first line of its version."""
-        return f"{shlex.join(self.command)} [{self.version.splitlines()[0]}]"
+        """Its command and its release."""
+        return f"{shlex.join(self.command)} [{self.release}]"
+
+    @property
+    def release(self) -> str:
+        """The line of its version that tells one release from another: the first, but for nvcc."""
+        lines = self.version.splitlines()
+        return next((line for line in lines if line.startswith("Cuda compilation tools")), lines[0])
 
     @cached_property
     def digest(self) -> str:
@@ -72,33 +79,71 @@ def find_compiler() -> Compiler:
         except ValueError:  # nothing but spaces, or a quotation without an end
             raise KernelsUnavailable(f"CXX={asked}: not a command") from None
         if path := shutil.which(first):
-            return _identified((path, *rest))
+            return identified((path, *rest))
     if asked:
         raise KernelsUnavailable(f"CXX={asked}: there is no such compiler")
     raise KernelsUnavailable("no C++ compiler: neither c++ nor g++ nor clang++ is on the PATH, and CXX names none")
 
 
 @cache
-def _identified(command: tuple[str, ...]) -> Compiler:
+def identified(command: tuple[str, ...]) -> Compiler:
+    """The compiler that a command starts. KernelsUnavailable: none."""
     done = _run([*command, "--version"])
     if done.returncode or not done.stdout.strip():
         raise KernelsUnavailable(f"the compiler {shlex.join(command)} does not work: {_first_error(done)}")
     return Compiler(command, done.stdout.strip())
 
 
+@dataclass(frozen=True)
+class Target:
+    """A kind of library: for an instruction set of the CPU, for GPUs, or for the emulator of one.
+
+    Attributes:
+        name: in the names of its files and in messages.
+        title: what a user is told is being compiled.
+        folders: those of its sources.
+        flags: of every command, whether it compiles or links.
+        compiler: finds the compiler. KernelsUnavailable.
+        probe: name and text of a source that tells whether the compiler can make such a library.
+        special: patterns of source names, each with further flags, or None: left out; the first that fits counts.
+    """
+
+    name: str
+    title: str
+    folders: tuple[Path, ...]
+    flags: tuple[str, ...]
+    compiler: Callable[[], Compiler] = find_compiler
+    probe: tuple[str, str] = PROBE
+    special: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
+
+    def unit_flags(self, unit: str) -> tuple[str, ...] | None:
+        """All flags that a source is compiled with; None: it is no part of the library."""
+        special = next((flags for pattern, flags in self.special if fnmatchcase(unit, pattern)), ())
+        return None if special is None else (*self.flags, *special)
+
+
+def cpu_target(isa: str, folders: tuple[Path, ...], extra: tuple[str, ...] = ()) -> Target:
+    """The library for an instruction set, a name of `ISA_FLAGS`; `extra`: flags after all others."""
+    return Target(isa, f"CPU kernels for {isa}", folders, (*COMMON, *ISA_FLAGS[isa], *extra))
+
+
 @cache
-def refusal(compiler: Compiler, isa: str) -> str | None:
-    """Why this compiler cannot make libraries for that instruction set; None if it can."""
+def refusal(compiler: Compiler, target: Target) -> str | None:
+    """Why this compiler cannot make such libraries; None if it can."""
+    name, text = target.probe
     try:
         with tempfile.TemporaryDirectory() as folder:
-            source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
-            source.write_text(_PROBE, encoding="utf-8")
-            done = _run([*compiler.command, *COMMON, *ISA_FLAGS[isa], "-shared", str(source), "-o", str(library)])
+            source, library = Path(folder, name), Path(folder, "probe.so")
+            source.write_text(text, encoding="utf-8")
+            done = _run([*compiler.command, *target.flags, "-shared", str(source), "-o", str(library)])
             if done.returncode or not library.exists():
-                return f"{compiler.name} cannot compile for {isa}: {_first_error(done)}"
+                return f"{compiler.name} cannot compile for {target.name}: {_first_error(done)}"
     except OSError as error:
         return f"the compiler needs a temporary folder: {error}"
     return None
+
+
+_UNITS = (".cpp", ".cu")  # what is compiled; the other sources are headers
 
 
 @dataclass(frozen=True)
@@ -109,38 +154,39 @@ class Sources:
 
     @classmethod
     def read(cls, *folders: Path) -> Sources:
-        """All .cpp and .h files of some folders, which share no name. OSError."""
-        paths = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+        """All sources and headers of some folders, which share no name. OSError."""
+        paths = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (*_UNITS, ".h"))
         return cls({path.name: path.read_bytes() for path in paths})
 
-    def digest(self, isa: str, extra: Iterable[str] = ()) -> str:
+    def digest(self, target: Target) -> str:
         """Differs wherever the library of these sources might: contents, flags, machine."""
-        return _digest(platform.machine(), *COMMON, *ISA_FLAGS[isa], *extra, *self._named(self.files))[:16]
+        flags = [str(part) for pair in target.special for part in pair]
+        return _digest(platform.machine(), *target.flags, *flags, *self._named(self.files))[:16]
 
-    def units(self) -> list[str]:
+    def units(self, target: Target) -> list[str]:
         """Names of the files that are compiled, the largest first: they take longest."""
-        return sorted((name for name in self.files if name.endswith(".cpp")), key=lambda name: -len(self.files[name]))
+        units = (name for name in self.files if name.endswith(_UNITS) and target.unit_flags(name) is not None)
+        return sorted(units, key=lambda name: -len(self.files[name]))
 
-    def object_digest(self, unit: str, isa: str, compiler: Compiler, extra: Iterable[str]) -> str:
+    def object_digest(self, unit: str, target: Target, compiler: Compiler) -> str:
         """The same for the object file of one unit, which sees itself and all headers."""
         seen = self._named([unit, *(name for name in self.files if name.endswith(".h"))])
-        return _digest(platform.machine(), compiler.digest, *COMMON, *ISA_FLAGS[isa], *extra, *seen)[:16]
+        return _digest(platform.machine(), compiler.digest, *target.unit_flags(unit), *seen)[:16]
 
     def _named(self, names: Iterable[str]) -> list[bytes]:
         return [part for name in names for part in (name.encode(), self.files[name])]
 
 
-def compile_library(compiler: Compiler, isa: str, sources: Sources, work: Path, objects: Path,
-                    extra: tuple[str, ...] = ()) -> tuple[Path, str]:
-    """Compile the sources for one instruction set, as many files at once as $MAX_JOBS (or the cores) allow.
+def compile_library(compiler: Compiler, target: Target, sources: Sources, work: Path,
+                    objects: Path) -> tuple[Path, str]:
+    """Compile the sources into one library, as many files at once as $MAX_JOBS (or the cores) allow.
 
     Args:
         work: an empty folder, for the snapshot of the sources and the library.
         objects: a folder where finished object files stay: a later call compiles only what has changed since.
-        extra: flags after all others.
 
     Returns:
-        The library, inside `work`, and the compiler's warnings.
+        The library, inside `work`, and what the compiler had to say: of each unit its name, then its messages.
 
     Raises:
         KernelsUnavailable: the compiler's first error.
@@ -149,32 +195,33 @@ def compile_library(compiler: Compiler, isa: str, sources: Sources, work: Path, 
     for name, content in sources.files.items():
         (work / name).write_bytes(content)
     objects.mkdir(parents=True, exist_ok=True)
-    flags = [*COMMON, *ISA_FLAGS[isa], *extra]
+    who = f"{compiler.name}, for {target.name}"
 
     def compiled(unit: str) -> tuple[Path, str]:
-        kept = objects / f"{unit}-{isa}-{sources.object_digest(unit, isa, compiler, extra)}.o"
+        kept = objects / f"{unit}-{target.name}-{sources.object_digest(unit, target, compiler)}.o"
         log = kept.with_suffix(".log")
         if not kept.exists():
             new = work / f"{unit}.o"
             # relative names: the compiler's messages then read as the sources do, not as this folder
-            done = _run([*compiler.command, *flags, "-c", unit, "-o", new.name], cwd=work)
-            _check(done, new, f"{compiler.name}, for {isa}")
-            log.write_text(done.stderr, encoding="utf-8")
+            done = _run([*compiler.command, *target.unit_flags(unit), "-c", unit, "-o", new.name], cwd=work)
+            _check(done, new, who)
+            log.write_text(f"{unit}:\n{done.stderr}" if done.stderr else "", encoding="utf-8")
             new.replace(kept)
         os.utime(kept)
         return kept, log.read_text(encoding="utf-8")
 
     jobs = os.environ.get("MAX_JOBS", "")
     with ThreadPoolExecutor(max(int(jobs), 1) if jobs.isdecimal() else usable_cores()) as pool:
-        waiting = [pool.submit(compiled, unit) for unit in sources.units()]
+        waiting = [pool.submit(compiled, unit) for unit in sources.units(target)]
         try:
             done = [future.result() for future in _progress(waiting)]
         finally:
             pool.shutdown(cancel_futures=True)
     library = work / "library.so"
-    linked = _run([*compiler.command, *flags, "-shared", *sorted(str(path) for path, _ in done), "-o", str(library)])
-    _check(linked, library, f"{compiler.name}, for {isa}")
-    return library, "".join(text for _, text in done)
+    parts = sorted(str(path) for path, _ in done)
+    linked = _run([*compiler.command, *target.flags, "-shared", *parts, "-o", str(library)])
+    _check(linked, library, who)
+    return library, "".join(sorted(text for _, text in done))
 
 
 def _progress(waiting: list[Future]) -> Iterator[Future]:

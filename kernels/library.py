@@ -26,7 +26,7 @@ class BFloat16:
 
 
 class Library:
-    """The kernels of one instruction set.
+    """The kernels of one instruction set, or those of a GPU.
 
     Args:
         path: the shared library.
@@ -87,3 +87,11 @@ class Library:
         )
         if code:
             raise KernelError(self._library.last_error().decode())
+
+
+class Emulator(Library):
+    """The CUDA kernels under the emulator of kernels/cuda/emulator."""
+
+    def seed(self, number: int) -> None:
+        """Draw the order in which threads and blocks run from this number from now on."""
+        self._library.emulator_seed(number)

@@ -1,10 +1,11 @@
-"""The library of every instruction set that this machine can run."""
+"""The library of every instruction set that this machine can run, and that of the emulated GPU."""
 
 from __future__ import annotations
 
 import pytest
 
-from llm_core.kernels import Library, available, library
+from llm_core import kernels as package
+from llm_core.kernels import Emulator, Library, available, library
 
 
 @pytest.fixture(scope="session", params=available())
@@ -17,3 +18,9 @@ def isa(request: pytest.FixtureRequest) -> str:
 def kernels(isa: str) -> Library:
     """The kernels compiled for `isa`."""
     return library(isa)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    """The CUDA kernels, with every thread of a GPU emulated on the CPU."""
+    return package.emulator()

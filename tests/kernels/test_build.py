@@ -143,7 +143,7 @@ def test_a_cache_that_cannot_be_written_gives_way_to_a_folder_of_the_process(tre
 def test_nowhere_to_write_says_so(tree, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
     build._private_folder.cache_clear()
-    build.refusal(find_compiler(), "plain")  # kept: it needs a temporary folder as well
+    build.refusal(find_compiler(), build.cpu_target("plain", (tree,)))  # kept: it needs a temporary folder as well
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache"))
     with pytest.raises(KernelsUnavailable, match="nowhere to put the compiled kernels: .*cache"):
         library_path("plain", (tree,))
