@@ -1,0 +1,224 @@
+// FlashAttention-2 (arXiv 2307.08691), forward, in bf16 and fp16 on the tensor cores of sm_80 and later.
+//
+// A block of 4 warps takes 64 or 128 queries of one head and walks over the blocks of 64 keys that they see; each warp
+// has 16 or 32 of the queries to itself, from the scores to the output, so that softmax needs no shared memory: the
+// row of a query lies in 4 lanes, and scores become the left factor of the product with the values where they are.
+#include "attention_mma.h"
+#include "attention_mma_padding.h"
+
+namespace run_llm {
+namespace {
+
+constexpr int kThreads = 128, kKeys = 64;
+
+/// kTiles: how many times 16 queries a warp has.
+template <int kDim, int kTiles>
+struct Shared {
+  static constexpr int kRows = 64 * kTiles;
+  alignas(128) unsigned char q[kRows * 2 * kDim];
+  alignas(128) unsigned char k[2][kKeys * 2 * kDim];
+  alignas(128) unsigned char v[kKeys * 2 * kDim];
+  float bias[2][kKeys];
+  int2 ranges[kRows];  // first key and number of keys
+};
+
+/// Scores of the keys that a query does not see become kUnseen; `first_key` is that of the lane's first column.
+template <int kTiles>
+DEVICE void hide(Sums<kTiles, kKeys / 8>& scores, const int2* ranges, int first_key, int prefix) {
+  UNROLL
+  for (int i = 0; i < kTiles; ++i)
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int2 range = ranges[i * 16 + half * 8];
+      UNROLL
+      for (int j = 0; j < kKeys / 8; ++j)
+        UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int key = first_key + 8 * j + e;
+          const bool sees = key < prefix || static_cast<unsigned>(key - range.x) < static_cast<unsigned>(range.y);
+          if (!sees) scores[i][j][2 * half + e] = kUnseen;
+        }
+    }
+}
+
+/// What a lane knows of its queries' softmax: the largest score so far, and its own share of the sum of weights.
+template <int kTiles>
+struct Softmax {
+  float largest[kTiles][2], sum[kTiles][2];
+
+  DEVICE void begin() {
+    UNROLL
+    for (int i = 0; i < kTiles; ++i)
+      UNROLL
+      for (int half = 0; half < 2; ++half) largest[i][half] = kUnseen, sum[i][half] = 0;
+  }
+
+  /// Scores become weights 2^(scale (score - largest)), and `out` is brought down to the same largest score.
+  template <int kColumns>
+  DEVICE void add(Sums<kTiles, kKeys / 8>& scores, Sums<kTiles, kColumns>& out, float scale) {
+    UNROLL
+    for (int i = 0; i < kTiles; ++i)
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float row_largest = largest[i][half];
+        UNROLL
+        for (int j = 0; j < kKeys / 8; ++j)
+          row_largest = fmaxf(row_largest, fmaxf(scores[i][j][2 * half], scores[i][j][2 * half + 1]));
+        row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 1));
+        row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 2));
+        const float scaled = row_largest * scale, shift = scaled == kUnseen ? 0.f : scaled;  // nothing seen: weights of 0
+        const float factor = exp2_fast(largest[i][half] * scale - shift);
+        largest[i][half] = row_largest;
+        float row_sum = 0;
+        UNROLL
+        for (int j = 0; j < kKeys / 8; ++j)
+          UNROLL
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            scores[i][j][e] = exp2_fast(scores[i][j][e] * scale - shift);
+            row_sum += scores[i][j][e];
+          }
+        sum[i][half] = sum[i][half] * factor + row_sum;
+        UNROLL
+        for (int c = 0; c < kColumns; ++c) out[i][c][2 * half] *= factor, out[i][c][2 * half + 1] *= factor;
+      }
+  }
+};
+
+template <class T, int kDim, int kTiles>
+KERNEL_FUNCTION __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2) attend(Attention<T> call, float scale) {
+  using Tile = run_llm::Tile<T, kDim>;
+  using Shared = run_llm::Shared<kDim, kTiles>;
+  constexpr bool kHoldQueries = kTiles * kDim <= 64;
+  Shared& shared = *shared_memory<Shared>();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp_row = thread / 32 * 16 * kTiles;
+  const int first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * Shared::kRows;  // the longest causal rows first
+  const int head = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
+  const T* k = call.k + call.k_start(b, call.kv_head(head));
+  const T* v = call.v + call.k_start(b, call.kv_head(head));
+  const float* bias = call.bias_of(b, head);
+  const Seen seen = Seen::of(call, b, first, Shared::kRows);
+
+  const auto fetch_keys = [&](int n, int buffer) {
+    Tile::template copy<kKeys, kThreads>(shared.k[buffer], k, call.k_stride(), n * kKeys, call.keys, call.dim);
+    if (bias && thread < kKeys)
+      copy_async_4(&shared.bias[buffer][thread], bias + n * kKeys + thread, n * kKeys + thread < call.keys);
+  };
+
+  const int end = seen.end<kKeys>();
+  int n = seen.begin<kKeys>(), buffer = 0;
+  Tile::template copy<Shared::kRows, kThreads>(shared.q, call.q + call.q_start(b, head), call.q_stride(), first,
+                                               call.queries, call.dim);
+  if (n < end) fetch_keys(n, buffer);
+  copy_async_commit();
+  if (thread < Shared::kRows) {
+    const int2 range = first + thread < call.queries ? call.range(b, first + thread) : make_int2(0, 0);
+    shared.ranges[thread] = make_int2(range.x, call.max_of(range.y - range.x, 0));
+  }
+
+  const unsigned char* my_q = shared.q + warp_row * Tile::kRowBytes;
+  const int left_lane = Tile::left_lane(), right_lane = Tile::right_lane();
+  uint32_t held[Tile::kSteps][kTiles][4];
+  if constexpr (kHoldQueries) {
+    copy_async_wait<0>();
+    __syncthreads();
+    UNROLL
+    for (int step = 0; step < Tile::kSteps; ++step) Tile::load_left(held[step], my_q, left_lane, step);
+  }
+  Sums<kTiles, kDim / 8> out;
+  Softmax<kTiles> softmax;
+  clear(out);
+  softmax.begin();
+
+  while (n < end) {
+    const int next = seen.next<kKeys>(n);
+    copy_async_wait<0>();
+    __syncthreads();  // these keys have come; nobody reads the values and keys before them any more
+    Tile::template copy<kKeys, kThreads>(shared.v, v, call.k_stride(), n * kKeys, call.keys, call.dim);
+    copy_async_commit();
+    if (next < end) fetch_keys(next, 1 - buffer);
+    copy_async_commit();
+
+    Sums<kTiles, kKeys / 8> scores;
+    if (bias)
+      begin_with(scores, shared.bias[buffer]);
+    else
+      clear(scores);
+    if constexpr (kHoldQueries)
+      Tile::add_row_products(scores, held, shared.k[buffer], right_lane);
+    else
+      Tile::add_row_products(scores, my_q, left_lane, shared.k[buffer], right_lane);
+    if (!seen.whole<kKeys>(n))
+      hide<kTiles>(scores, shared.ranges + warp_row + lane / 4, n * kKeys + lane % 4 * 2, seen.prefix);
+    softmax.add(scores, out, scale);
+    copy_async_wait<1>();  // all but the next keys
+    __syncthreads();
+    Tile::add_weighted_rows(out, scores, shared.v, left_lane);
+    n = next;
+    buffer = 1 - buffer;
+  }
+  copy_async_wait<0>();
+  __syncthreads();  // if no key is seen, queries may have been on their way until now
+
+  UNROLL
+  for (int i = 0; i < kTiles; ++i)
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float sum = softmax.sum[i][half];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const float inverse = sum == 0 ? 0.f : 1 / sum;
+      UNROLL
+      for (int c = 0; c < kDim / 8; ++c) out[i][c][2 * half] *= inverse, out[i][c][2 * half + 1] *= inverse;
+      const int query = first + warp_row + i * 16 + half * 8 + lane / 4;
+      if (lane % 4 == 0 && query < call.queries)
+        call.lse[call.lse_start(b, head) + query] =
+            sum == 0 ? 0.f : softmax.largest[i][half] * (scale * kLn2) + logf(sum);
+    }
+  Tile::store(shared.q + warp_row * Tile::kRowBytes, out, call.out + call.q_start(b, head), call.q_stride(),
+              first + warp_row, call.queries, call.dim);
+}
+
+template <class T, int kDim, int kTiles>
+void attend_with(const Attention<T>& call, float scale, cudaStream_t stream) {
+  using Shared = Shared<kDim, kTiles>;
+  const dim3 blocks((call.queries + Shared::kRows - 1) / Shared::kRows, call.heads, call.batch);
+  launch(attend<T, kDim, kTiles>, blocks, kThreads, sizeof(Shared), stream, call, scale);
+}
+
+/// Blocks of 128 queries if they are enough for the whole GPU, else of 64.
+template <class T, int kDim>
+void attend_in_blocks(const Attention<T>& call, float scale, cudaStream_t stream) {
+  const int64_t blocks = static_cast<int64_t>(call.batch) * call.heads * ((call.queries + 127) / 128);
+  if (blocks >= multiprocessors()) return attend_with<T, kDim, 2>(call, scale, stream);
+  attend_with<T, kDim, 1>(call, scale, stream);
+}
+
+template <class T>
+void attend_aligned(const Attention<T>& call, float scale, cudaStream_t stream) {
+  if (call.dim <= 32) return attend_in_blocks<T, 32>(call, scale, stream);
+  if (call.dim <= 64) return attend_in_blocks<T, 64>(call, scale, stream);
+  if (call.dim <= 96) return attend_in_blocks<T, 96>(call, scale, stream);
+  attend_in_blocks<T, 128>(call, scale, stream);
+}
+
+}  // namespace
+
+template <class T>
+void attention_mma_forward(const Attention<T>& call, cudaStream_t stream) {
+  const float scale = call.scale_log2();
+  if (call.dim == whole_chunks(call.dim)) return attend_aligned(call, scale, stream);
+  const int64_t queries = static_cast<int64_t>(call.batch) * call.queries * call.heads;
+  const int64_t keys = static_cast<int64_t>(call.batch) * call.keys * call.kv_heads;
+  const WideRows<T> q(call.q, queries, call.dim, stream), k(call.k, keys, call.dim, stream),
+      v(call.v, keys, call.dim, stream), out(queries, call.dim, stream);
+  Attention<T> wide = call;
+  wide.dim = whole_chunks(call.dim);
+  wide.q = q.get(), wide.k = k.get(), wide.v = v.get(), wide.out = out.get();
+  attend_aligned(wide, scale, stream);
+  out.copy_to(call.out);
+}
+
+template void attention_mma_forward(const Attention<bf16>&, cudaStream_t);
+template void attention_mma_forward(const Attention<fp16>&, cudaStream_t);
+
+}  // namespace run_llm
