@@ -5,6 +5,7 @@
 # make mindformers   MindFormers 1.9.0 into .venv-mindformers, and the tests of the bridge there
 # make bench    every benchmark against its peer; one line a figure at the end
 # make kernels  compile the CPU kernels ahead of their first use, for every instruction set the compiler knows
+# make cuda-check   compile the CUDA kernels for sm_80, sm_90 and sm_90a with nvcc; fails if one spills registers
 # make lint     ruff
 # make clean    remove what the targets above have made, .venv included
 #
@@ -26,7 +27,7 @@ define require_python
        "Found: $$($(or $(PYTHON),python3) --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 endef
 
-.PHONY: setup demo test test-matrix parity mindformers bench kernels lint clean
+.PHONY: setup demo test test-matrix parity mindformers bench kernels cuda-check lint clean
 
 setup: $(VENV)/.ready
 
@@ -69,6 +70,9 @@ bench: parity
 
 kernels: setup
 	$(BIN)/python -m kernels build
+
+cuda-check: setup
+	@$(BIN)/python -m kernels check
 
 lint: setup
 	$(BIN)/ruff check .

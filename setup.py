@@ -3,9 +3,11 @@
 The wheel holds llm_core alone. Its configs live at the top of the repository, where users read and copy them;
 the build puts a copy into llm_core/configs, so that an installed run-llm finds them from anywhere. llm_core/kernels is
 a link to kernels/: the wheel holds its sources, and the libraries that the compiler at hand can make of them. Without
-a compiler it is a wheel for every platform, whose kernels are compiled on first use.
+a compiler it is a wheel for every platform, whose kernels are compiled on first use. The CUDA kernels' library is part
+of the wheel only where CUDA_ARCHS says for which GPUs: CUDA_ARCHS="80 90 90a" pip wheel . (docs/cuda.md).
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # pip does not put it there
 
-from llm_core.kernels import ISAS, KernelsUnavailable  # noqa: E402  standard library only
+from llm_core.kernels import ISAS, KernelsUnavailable, nvcc  # noqa: E402  standard library only
 from llm_core.kernels.build import SOURCES, ship  # noqa: E402
 from llm_core.kernels.compiler import cpu_target  # noqa: E402
 
@@ -39,6 +41,8 @@ class BuildPy(build_py):
                 self.announce(f"kernels: {ship(cpu_target(isa, SOURCES), libraries).name}", level=2)
             except KernelsUnavailable as error:
                 self.warn(f"this wheel has no kernels for {isa}: {error}")
+        if os.environ.get("CUDA_ARCHS"):  # asked for by name: a build that cannot serve it fails
+            self.announce(f"kernels: {ship(nvcc.cuda_target(nvcc.architectures()), libraries).name}", level=2)
 
     def libraries(self) -> Path:
         """Where the kernels' libraries are put."""

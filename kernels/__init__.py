@@ -12,9 +12,10 @@ from llm_core.errors import UserError
 from .build import built, emulator_target, library_path
 from .compiler import ISA_FLAGS, KernelsUnavailable
 from .library import BFloat16, Emulator, KernelError, Library
+from .nvcc import cuda_library_path
 
 __all__ = ["ISAS", "BFloat16", "Emulator", "KernelError", "KernelsUnavailable", "Library", "available",
-           "candidates", "emulator", "library"]
+           "candidates", "cuda_library", "emulator", "library"]
 
 ISAS = tuple(ISA_FLAGS)
 """Instruction sets that there are libraries for, the best first."""
@@ -85,6 +86,18 @@ def library(isa: str | None = None) -> Library:
     if isa or os.environ.get("KERNELS"):
         raise UserError(f"{why}: {reason}")
     raise KernelsUnavailable(reason)
+
+
+@cache
+def cuda_library() -> Library:
+    """The CUDA kernels for the GPUs at hand; compiled first if they have not been (some minutes, once per machine).
+
+    Raises:
+        KernelsUnavailable: KERNELS=reference, or there is no library and no way to make one; says why.
+    """
+    if os.environ.get("KERNELS") == "reference":
+        raise KernelsUnavailable("KERNELS=reference")
+    return Library(cuda_library_path(), "cuda")
 
 
 def emulator() -> Emulator:

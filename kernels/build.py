@@ -49,8 +49,14 @@ def library_path(isa: str, sources: tuple[Path, ...] = SOURCES, extra: tuple[str
     return built(cpu_target(isa, sources, extra))
 
 
-def emulator_target(sources: tuple[Path, ...] = EMULATOR_SOURCES, debug: bool = False) -> Target:
-    """The CUDA kernels' sources for the CPU, under kernels/cuda/emulator; `debug`: for a debugger to step through."""
+def debugging() -> bool:
+    """Whether $CUDA_DEBUG asks for libraries of the CUDA kernels that a debugger can step through."""
+    return os.environ.get("CUDA_DEBUG", "0") not in ("", "0")
+
+
+def emulator_target(sources: tuple[Path, ...] = EMULATOR_SOURCES) -> Target:
+    """The CUDA kernels' sources for the CPU, under kernels/cuda/emulator."""
+    debug = debugging()
     # The C library's checks of longjmp take a jump to another fiber's stack for an error.
     optimised = ("-O0", "-g") if debug else ("-O2",)
     flags = (*COMMON, *optimised, "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DHAS_HOPPER")
@@ -91,7 +97,7 @@ def existing(target: Target, snapshot: Sources) -> Path | None:
     try:
         compiled_by = target.compiler().digest
     except KernelsUnavailable:
-        if os.environ.get("CXX"):
+        if os.environ.get(target.variable):
             raise
         compiled_by = "*"
     found = max((cache_dir() / "kernels").glob(f"{name}-{compiled_by}.so"), key=_last_use, default=None)

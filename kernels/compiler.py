@@ -72,22 +72,29 @@ class Compiler:
 
 def find_compiler() -> Compiler:
     """The compiler that $CXX names, else the first of c++, g++, clang++. KernelsUnavailable."""
-    asked = os.environ.get("CXX")
-    for command in [asked] if asked else ["c++", "g++", "clang++"]:
+    return first_compiler("CXX", ["c++", "g++", "clang++"],
+                          "no C++ compiler: neither c++ nor g++ nor clang++ is on the PATH, and CXX names none")
+
+
+def first_compiler(variable: str, commands: list[str], none: str) -> Compiler:
+    """The compiler that the environment's variable names, else the first that there is; `none`: what to say if none is.
+
+    Raises:
+        KernelsUnavailable: none, or it does not work.
+    """
+    asked = os.environ.get(variable)
+    for command in [asked] if asked else commands:
         try:
             first, *rest = shlex.split(command)
         except ValueError:  # nothing but spaces, or a quotation without an end
-            raise KernelsUnavailable(f"CXX={asked}: not a command") from None
+            raise KernelsUnavailable(f"{variable}={asked}: not a command") from None
         if path := shutil.which(first):
-            return identified((path, *rest))
-    if asked:
-        raise KernelsUnavailable(f"CXX={asked}: there is no such compiler")
-    raise KernelsUnavailable("no C++ compiler: neither c++ nor g++ nor clang++ is on the PATH, and CXX names none")
+            return _identified((path, *rest))
+    raise KernelsUnavailable(f"{variable}={asked}: there is no such compiler" if asked else none)
 
 
 @cache
-def identified(command: tuple[str, ...]) -> Compiler:
-    """The compiler that a command starts. KernelsUnavailable: none."""
+def _identified(command: tuple[str, ...]) -> Compiler:
     done = _run([*command, "--version"])
     if done.returncode or not done.stdout.strip():
         raise KernelsUnavailable(f"the compiler {shlex.join(command)} does not work: {_first_error(done)}")
@@ -104,6 +111,7 @@ class Target:
         folders: those of its sources.
         flags: of every command, whether it compiles or links.
         compiler: finds the compiler. KernelsUnavailable.
+        variable: of the environment, where the user may name one.
         probe: name and text of a source that tells whether the compiler can make such a library.
         special: patterns of source names, each with further flags, or None: left out; the first that fits counts.
     """
@@ -113,6 +121,7 @@ class Target:
     folders: tuple[Path, ...]
     flags: tuple[str, ...]
     compiler: Callable[[], Compiler] = find_compiler
+    variable: str = "CXX"
     probe: tuple[str, str] = PROBE
     special: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
 
@@ -135,7 +144,7 @@ def refusal(compiler: Compiler, target: Target) -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(folder, name), Path(folder, "probe.so")
             source.write_text(text, encoding="utf-8")
-            done = _run([*compiler.command, *target.flags, "-shared", str(source), "-o", str(library)])
+            done = _run([*compiler.command, *target.unit_flags(name), "-shared", str(source), "-o", str(library)])
             if done.returncode or not library.exists():
                 return f"{compiler.name} cannot compile for {target.name}: {_first_error(done)}"
     except OSError as error:
