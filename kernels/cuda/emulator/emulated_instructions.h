@@ -17,6 +17,12 @@ To same_bits(From from) {
   return to;
 }
 
+/// Shared memory's addresses begin at 1024, as on a GPU whose system takes the first kilobyte.
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) -
+                               static_cast<const unsigned char*>(emulator::shared())) + emulator::kSharedStart;
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline float to_float(float x) { return x; }
@@ -94,6 +100,14 @@ inline void copy_async_commit() { emulator::commit(); }
 template <int kLeft>
 void copy_async_wait() {
   emulator::wait_for_copies(kLeft);
+}
+
+template <class T>
+void load_once_16(T (&to)[4], const void* from, bool valid) {
+  static_assert(sizeof to == 16);
+  if (valid && reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("load_once_16: a misaligned source");
+  std::memset(to, 0, 16);
+  if (valid) std::memcpy(to, from, 16);
 }
 
 template <bool kTransposed>

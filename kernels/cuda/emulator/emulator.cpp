@@ -89,6 +89,7 @@ class Block {
   void stay_ready() { ready_.push_back(number()); }
   int number() const { return static_cast<int>(running_ - fibers_.data()); }
   Fiber& running() { return *running_; }
+  void later(std::function<void()> act) { events_.push_back(std::move(act)); }
   Meeting& warp() { return warps_[static_cast<size_t>(number() / kWarp)]; }
   Meeting& barrier(int index) { return barriers_[static_cast<size_t>(index)]; }
   unsigned char* shared() { return shared_; }
@@ -99,10 +100,12 @@ class Block {
   }
 
   Place place;
+  std::shared_ptr<void> state;
 
  private:
   static void enter();
   int resume();
+  void carry_out_event(unsigned which);
 
   const std::function<void()>& kernel_;
   size_t shared_bytes_;
@@ -111,6 +114,7 @@ class Block {
   std::vector<unsigned char> memory_;
   unsigned char* shared_;
   std::vector<int> ready_;
+  std::vector<std::function<void()>> events_;
   Fiber* running_ = nullptr;
   jmp_buf scheduler_;
   std::string error_;
@@ -135,6 +139,15 @@ int Block::resume() {
   return 2;  // never: setcontext does not return
 }
 
+void Block::carry_out_event(unsigned which) {
+  if (std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.ended; }))
+    throw std::runtime_error("a block ended before its bulk copies");
+  std::swap(events_[which], events_.back());
+  const auto act = std::move(events_.back());
+  events_.pop_back();
+  act();
+}
+
 void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
   std::minstd_rand random(random_seed + 1);
   std::memset(shared_, kUnset, shared_bytes_ + kGuard);
@@ -154,7 +167,12 @@ void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
     makecontext(&fiber.start, &Block::enter, 0);
   }
   current = this;
-  while (!ready_.empty()) {
+  state.reset();
+  while (!ready_.empty() || !events_.empty()) {
+    if (!events_.empty() && (ready_.empty() || random() % 8 == 0)) {
+      carry_out_event(random() % static_cast<unsigned>(events_.size()));
+      continue;
+    }
     std::swap(ready_[random() % ready_.size()], ready_.back());
     running_ = &fibers_[static_cast<size_t>(ready_.back())];
     ready_.pop_back();
@@ -234,6 +252,20 @@ void yield() {
   current->stay_ready();
   current->suspend("its turn");
 }
+
+void wait_in(std::vector<int>& list, const char* what) {
+  list.push_back(current->number());
+  current->suspend(what);
+}
+
+void wake(std::vector<int>& list) {
+  current->wake(list);
+  list.clear();
+}
+
+void later(std::function<void()> act) { current->later(std::move(act)); }
+
+std::shared_ptr<void>& block_state() { return current->state; }
 
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared("an asynchronous copy", to, bytes, bytes);

@@ -16,8 +16,10 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define DEVICE inline __attribute__((always_inline))
 #define KERNEL_FUNCTION static void
@@ -47,6 +49,7 @@ using cudaStream_t = void*;
 namespace emulator {
 
 constexpr int kWarp = 32;
+constexpr uint32_t kSharedStart = 1024;  // the first address of shared memory
 
 /// Where the thread that runs now stands, as CUDA's built-in variables say it.
 struct Place {
@@ -69,6 +72,15 @@ void wait_for_copies(int left);
 
 /// Let another thread run; for loops that wait for something to change.
 void yield();
+
+/// Wait in a list until somebody wakes it; `what` stands in the error of a launch in which nobody does.
+void wait_in(std::vector<int>& list, const char* what);
+/// Let all who wait in the list go on.
+void wake(std::vector<int>& list);
+/// Carry out `act` at a random later moment, between two threads' turns: what the hardware does on its own.
+void later(std::function<void()> act);
+/// What an instruction set keeps for a block: empty when the block starts, freed at its end.
+std::shared_ptr<void>& block_state();
 
 /// End the launch with this text.
 [[noreturn]] void fail(const std::string& text);
