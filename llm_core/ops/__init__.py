@@ -4,6 +4,7 @@ The model, the loss and the optimizer build these operators once and call them; 
 name is decided here, once a process, when the first of them is asked for:
 
     cpu        the C++ kernels of llm_core/kernels, as MindSpore's custom operators
+    cuda       attention by the CUDA kernels of llm_core/kernels; the rest is the reference's
     ascend     MindSpore's fused operators for Ascend
     reference  plain MindSpore operators, which run on every device; the oracle that the others are tested against
 
@@ -71,9 +72,10 @@ def _choose() -> Backend:
         if os.environ.get("KERNELS") == "reference":
             return _backend("reference", "KERNELS=reference")
         return _backend("ascend", "MindSpore's fused operators, not verified on a device; attention in bfloat16")
-    if device != "CPU":
-        return _backend("reference", f"there are no kernels for {device}")
     try:
+        if device == "GPU":  # not verified here: MindSpore has no wheel for such a device
+            library = kernels.cuda_library()
+            return _backend("cuda", "CUDA kernels, not verified on a device", library.path)
         library = kernels.library()
     except kernels.KernelsUnavailable as error:
         return _backend("reference", str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import mindspore as ms
 from mindspore import ops
 
 from llm_core.kernels import library
+from llm_core.ops.custom import operator
 
 
 def bf16_refusal() -> str:
@@ -21,23 +21,5 @@ def bf16_refusal() -> str:
 def kernel(
     name: str, shapes: Callable[..., Any], outputs: int = 1, *, in_place: bool = False, **constants: int
 ) -> ops.Custom:
-    """The operator that calls a kernel, whose outputs are all float32.
-
-    Args:
-        name: of the kernel, see the sources in kernels/cpu.
-        shapes: called with the shapes of the inputs, gives the shape of the output, or a tuple of several.
-        outputs: how many there are.
-        in_place: the kernel writes to inputs. MindSpore must then neither leave it out because nobody looks at what
-            it returns, nor move it before or behind another user of these inputs.
-        constants: what `shapes` depends on beside the inputs. MindSpore remembers the shapes that an operator of this
-            name gave for inputs of certain shapes; with these it tells one such operator from another.
-    """
-    path = library().path
-    os.environ["MS_CUSTOM_AOT_WHITE_LIST"] = str(path.parent)  # or every operator prints a warning
-    dtypes = ms.float32 if outputs == 1 else (ms.float32,) * outputs
-    operator = ops.Custom(f"{path}:{name}", out_shape=shapes, out_dtype=dtypes, func_type="aot")
-    for attribute, value in constants.items():
-        operator.add_prim_attr(attribute, value)
-    if in_place:
-        operator.add_prim_attr("side_effect_mem", True)
-    return operator
+    """The operator that calls a kernel of kernels/cpu, whose outputs are all float32; arguments as in `operator`."""
+    return operator(library().path, name, shapes, (ms.float32,) * outputs, in_place=in_place, **constants)
