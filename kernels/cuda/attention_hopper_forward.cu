@@ -174,13 +174,14 @@ DEVICE void store(uint16_t (*tile)[Tiles<kDim>::kRows][kSwizzledColumns], const 
   }
 }
 
-/// A consumer: its 64 queries, from `first` on.
+/// A consumer, number 0 or 1: its 64 queries, from `first` on.
 template <class T, int kDim, bool kBias>
-DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, const Seen& seen, int first) {
+DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, const Seen& seen, int first,
+                    int consumer) {
   using Tile = Tiles<kDim>;
   constexpr int kKeys = Tile::kKeys, kPart = Tile::kKeys * kSwizzledRow;
   const int head = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
-  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1, lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;  // the warp's first
   const Seen own = Seen::of(call, b, first, Tile::kRows);
   const float* bias = call.bias_of(b, head);
@@ -300,7 +301,8 @@ KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
            const __grid_constant__ TensorMap v) {
   using Tile = Tiles<kDim>;
   Tile& shared = *shared_memory<Tile>();
-  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warpgroup = shuffle(thread / kWarpgroup, 0);  // the same in all lanes, and known to be
   const int first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * Tile::kQueries;  // the longest causal rows first
   if (thread == 0) shared.init();
   __syncthreads();
@@ -310,7 +312,7 @@ KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
     if (thread == 0) produce<T, kDim>(shared, call, q, k, v, seen, first);
   } else {
     increase_registers<Tile::kConsumerRegisters>();
-    consume<T, kDim, kBias>(shared, call, scale, seen, first + (warpgroup - 1) * Tile::kRows);
+    consume<T, kDim, kBias>(shared, call, scale, seen, first + (warpgroup - 1) * Tile::kRows, warpgroup - 1);
   }
 }
 

@@ -1,0 +1,130 @@
+"""The instructions of Hopper and the attention built on them, in the emulator, against NumPy and attention in fp64."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import attention_oracle as oracle
+import numpy as np
+import pytest
+from bfloat16 import rounded, widened
+from elementwise import relative
+from test_attention import settings
+
+from llm_core.kernels import BFloat16, Emulator, KernelError
+from llm_core.kernels.build import EMULATOR_SOURCES, built, emulator_target
+
+CASES = {name: case for name, case in oracle.cases().items() if case.dim in (64, 128)}
+ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}  # what a number of a dtype may be off by
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The operators of hopper_instructions.cu."""
+    folder = tmp_path_factory.mktemp("hopper")
+    abi, cuda, emulation = EMULATOR_SOURCES
+    operators = Path(__file__).with_name("hopper_instructions.cu")
+    for path in (*abi.iterdir(), *cuda.glob("*.h"), *emulation.iterdir(), operators):
+        shutil.copy(path, folder)
+    return Emulator(built(emulator_target((folder,))), "emulator")
+
+
+def stored(x: np.ndarray, dtype: str) -> tuple[np.ndarray | BFloat16, np.ndarray]:
+    """Numbers as a kernel takes them, and as fp32."""
+    if dtype == "float16":
+        return x.astype(np.float16), x.astype(np.float16).astype(np.float32)
+    return BFloat16(rounded(x)), widened(rounded(x))
+
+
+@pytest.mark.parametrize("at", [(0, 0, 0, 0), (64, 2, 5, 1), (64, 1, 90, 0), (0, 1, -3, 1), (0, 0, 200, 1)])
+def test_a_box_lands_swizzled_with_zeros_outside_the_tensor(instructions, at):
+    """16 bytes c of row r lie at c ^ (r % 8)."""
+    x = np.arange(1, 2 * 100 * 3 * 128 + 1, dtype=np.uint32).astype(np.uint16).reshape(2, 100, 3, 128)
+    for seed in range(3):
+        instructions.seed(seed)
+        found = np.full((32, 64), 7, np.uint16)
+        instructions.call("copy_one_box", BFloat16(x), np.array(at, np.int32), outputs=[BFloat16(found)])
+        column, head, row, batch = at
+        wanted = np.zeros((32, 8, 8), np.uint16)
+        for r in range(32):
+            if 0 <= row + r < 100:
+                pieces = x[batch, row + r, head, column : column + 64].reshape(8, 8)
+                wanted[r, np.arange(8) ^ r % 8] = pieces
+        np.testing.assert_array_equal(found, wanted.reshape(32, 64))
+
+
+@pytest.mark.parametrize(("name", "dtype", "width", "transposed"), [
+    ("k_major_64", "bfloat16", 64, False), ("k_major_128", "float16", 128, False),
+    ("mn_major_64", "float16", 64, True), ("mn_major_128", "bfloat16", 128, True),
+    ("k_major_64_registers", "float16", 64, False), ("mn_major_128_shared", "bfloat16", 128, True),
+])
+def test_a_warpgroups_product_is_numpys(instructions, name, dtype, width, transposed):
+    rng = np.random.default_rng(0)
+    left, wide_left = stored(rng.standard_normal((64, 128), np.float32), dtype)
+    shape = (128, width) if transposed else (width, 128)
+    right, wide_right = stored(rng.standard_normal(shape, np.float32), dtype)
+    before = rng.standard_normal((64, width), np.float32)
+    found = before.copy()
+    instructions.call(name, left, right, outputs=[found])
+    product = wide_left.astype(np.float64) @ (wide_right if transposed else wide_right.T)
+    assert relative(found, before + product) < 1e-6
+
+
+def attend(emulator: Emulator, case: oracle.Case, dtype: str, seed: int = 0):
+    """Inputs as fp32, the output as fp32, lse."""
+    tensors = [stored(x, dtype) for x in case.tensors(seed)[:3]]
+    out, lse = np.full(tensors[0][1].shape, 7, np.uint16), np.full((case.batch, case.heads, case.q_len), 7, np.float32)
+    output = BFloat16(out) if dtype == "bfloat16" else out.view(np.float16)
+    emulator.call("attention_hopper_forward", *(x for x, _ in tensors), *settings(case), outputs=[output, lse])
+    return [x for _, x in tensors], widened(out) if dtype == "bfloat16" else output.astype(np.float32), lse
+
+
+def check(emulator: Emulator, case: oracle.Case, dtype: str) -> None:
+    """Compare every batch row and head with fp64, and the bits at several orders of the threads with each other."""
+    found = []
+    for seed in range(3):
+        emulator.seed(seed)
+        inputs, out, lse = attend(emulator, case, dtype)
+        found.append((out, lse))
+    wanted, wanted_lse = oracle.attention(*inputs, case.ranges, case.bias, case.prefix)
+    for b in range(case.batch):
+        for head in range(case.heads):
+            assert relative(out[b, :, head], wanted[b, :, head]) < ROUNDING[dtype], (b, head)
+    np.testing.assert_allclose(lse, wanted_lse, atol=2e-6 * max(1, np.abs(wanted_lse).max()))
+    for other_out, other_lse in found:
+        np.testing.assert_array_equal(other_out, out)
+        np.testing.assert_array_equal(other_lse, lse)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", CASES)
+def test_forward(emulator, name, dtype):
+    check(emulator, CASES[name], dtype)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_forward_of_any_ranges(emulator, seed):
+    """Ranges in no order, overlapping, backwards, empty; the ring of tiles goes round several times."""
+    rng = np.random.default_rng(seed)
+    batch, kv_heads, group, dim = rng.integers(1, 3), rng.integers(1, 3), rng.integers(1, 3), (64, 128)[seed % 2]
+    q_len, k_len = rng.integers(1, 300), rng.integers(2, 900)
+    ranges = rng.integers(0, k_len + 1, (rng.choice([1, batch]), q_len, 2)).astype(np.int32)
+    ranges[:, : rng.integers(q_len)] = rng.choice([0, k_len])  # queries that see the prefix, if that
+    heads = kv_heads * group
+    bias = (8 * rng.standard_normal((rng.choice([1, batch]), heads, k_len))).astype(np.float32) if seed % 3 else None
+    prefix = rng.choice([0, rng.integers(k_len)])
+    check(emulator, oracle.Case(batch, q_len, k_len, heads, kv_heads, dim, ranges, bias, prefix), "bfloat16")
+
+
+def test_full_attention_over_many_tiles(emulator):
+    check(emulator, oracle.Case(1, 130, 1100, 1, 1, 128, oracle.full_ranges(130, 1100)), "float16")
+
+
+def test_other_widths_and_dtypes_are_refused(emulator):
+    case = oracle.cases()["head_dim 96"]
+    with pytest.raises(KernelError, match="attention_hopper_forward: q: its heads are neither 64 nor 128 wide"):
+        attend(emulator, case, "bfloat16")
+    q, k, v, _ = CASES["causal"].tensors()
+    with pytest.raises(KernelError, match="attention_hopper_forward: q: .*bfloat16"):
+        emulator.call("attention_hopper_forward", q, k, v, *settings(CASES["causal"]), outputs=[q, q[..., 0].copy()])
