@@ -51,6 +51,12 @@ DEVICE uint32_t to_tf32(float x) {
   return bits;
 }
 
+/// x itself; but what is computed from it is computed here, not kept in registers from before. For addresses in loops.
+DEVICE int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- warps
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
@@ -83,6 +89,26 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int kLeft>
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// ---- loads of what is read once
+
+/// 16 bytes of global memory that no thread writes, aligned to 16, past the first cache; zeros if not `valid`.
+DEVICE void load_once_16(uint32_t (&to)[4], const void* from, bool valid) {
+  asm("{\n"
+      "  .reg .pred valid;\n"
+      "  setp.ne.u32 valid, %5, 0;\n"
+      "  mov.u32 %0, 0;\n  mov.u32 %1, 0;\n  mov.u32 %2, 0;\n  mov.u32 %3, 0;\n"
+      "  @valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3])
+      : "l"(from), "r"(static_cast<uint32_t>(valid)));
+}
+DEVICE void load_once_16(float (&to)[4], const void* from, bool valid) {
+  uint32_t bits[4];
+  load_once_16(bits, from, valid);
+  UNROLL
+  for (int i = 0; i < 4; ++i) to[i] = __uint_as_float(bits[i]);
 }
 
 // ---- tensor cores: fragments as PTX lays them out (group = lane / 4, pair = lane % 4)

@@ -61,6 +61,8 @@ uint32_t pack(float low, float high) {
   return rounded_to<T>(low).bits | static_cast<uint32_t>(rounded_to<T>(high).bits) << 16;
 }
 
+inline int fresh(int x) { return x; }
+
 inline uint32_t to_tf32(float x) { return (same_bits<uint32_t>(x) + 0x1000u) & ~0x1fffu; }
 
 template <class T>
