@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -95,6 +96,7 @@ class Block {
   unsigned char* shared() { return shared_; }
   size_t shared_bytes() const { return shared_bytes_; }
   [[noreturn]] void stop(const std::string& text) {
+    if (!running_) throw std::runtime_error(text);  // in an event, on the scheduler's own stack
     error_ = text;
     _longjmp(scheduler_, 2);
   }
@@ -145,6 +147,7 @@ void Block::carry_out_event(unsigned which) {
   std::swap(events_[which], events_.back());
   const auto act = std::move(events_.back());
   events_.pop_back();
+  running_ = nullptr;
   act();
 }
 
@@ -166,6 +169,7 @@ void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, &Block::enter, 0);
   }
+  barriers_.assign(kBarriers, {});  // some may have been left half full
   current = this;
   state.reset();
   while (!ready_.empty() || !events_.empty()) {
@@ -290,11 +294,15 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
     throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
   if (shared_bytes > 227 << 10) throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
   const size_t count = static_cast<size_t>(blocks.x) * blocks.y * blocks.z;
+  if (count == 0 || blocks.x > 0x7fffffff || blocks.y > 65535 || blocks.z > 65535)
+    throw std::runtime_error("a grid of (" + std::to_string(blocks.x) + ", " + std::to_string(blocks.y) + ", " +
+                             std::to_string(blocks.z) + ") blocks");
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), std::minstd_rand(seed + 1));
-  std::string error;
+  std::string error;  // the first one
   std::mutex lock;
+  std::atomic<bool> failed = false;
 #pragma omp parallel
   {
     auto block = std::make_unique<Block>(threads, shared_bytes, kernel);
@@ -303,15 +311,16 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
       const size_t n = order[i];
       const dim3 index(n % blocks.x, n / blocks.x % blocks.y, n / blocks.x / blocks.y);
       try {
-        if (error.empty()) block->run(index, blocks, seed * 7919 + static_cast<unsigned>(n));
+        if (!failed) block->run(index, blocks, seed * 7919 + static_cast<unsigned>(n));
       } catch (const std::exception& caught) {
         block = std::make_unique<Block>(threads, shared_bytes, kernel);
         const std::lock_guard<std::mutex> held(lock);
-        error = caught.what();
+        if (!failed) error = caught.what();
+        failed = true;
       }
     }
   }
-  if (!error.empty()) throw std::runtime_error(error);
+  if (failed) throw std::runtime_error(error);
 }
 
 }  // namespace emulator
