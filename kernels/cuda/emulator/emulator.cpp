@@ -152,7 +152,7 @@ void Block::carry_out_event(unsigned which) {
 }
 
 void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
-  std::minstd_rand random(random_seed + 1);
+  std::mt19937 random(random_seed);
   std::memset(shared_, kUnset, shared_bytes_ + kGuard);
   place.block = index;
   place.blocks = blocks;
@@ -299,7 +299,7 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
                              std::to_string(blocks.z) + ") blocks");
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
-  std::shuffle(order.begin(), order.end(), std::minstd_rand(seed + 1));
+  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
   std::string error;  // the first one
   std::mutex lock;
   std::atomic<bool> failed = false;
