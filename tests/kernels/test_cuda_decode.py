@@ -177,7 +177,7 @@ def test_tokens_at_any_columns(emulator):
     """They need not follow each other: attention_cached takes what is given."""
     case = Case(3, 200, 4, 2)
     q, k, v, bias = case.tensors()
-    columns = np.array([150, 3, 199], np.int32)
+    columns = np.array([199, 3, 150], np.int32)
     first = [x.transpose(0, 2, 1, 3).reshape(2, 200, 64).copy() for x in (k, v)]
     found = run(emulator, "attention_cached", q, *first, columns, np.zeros(1, np.int32), bias)
     ranges = np.stack([np.zeros(3), columns + 1], -1)[None].astype(np.int32)
