@@ -47,15 +47,19 @@ struct Tile {
   /// columns from `dim` on, a multiple of 8. Asynchronous: the caller commits and waits.
   template <int kCount, int kThreads>
   static DEVICE void copy(unsigned char* to, const T* from, int64_t stride, int first, int rows, int dim) {
-    const int thread = static_cast<int>(threadIdx.x), chunk = thread % kTurned;
+    constexpr int kPass = kThreads / kTurned;
+    static_assert(kPass % 8 == 0 && kCount % kPass == 0);
+    const int thread = fresh(static_cast<int>(threadIdx.x)), chunk = thread % kTurned, row = thread / kTurned;
+    const T* source = from + (first + row) * stride + 8 * chunk;
+    to += offset(row, chunk);
     UNROLL
-    for (int row = thread / kTurned; row < kCount; row += kThreads / kTurned) {
-      const T* source = from + (first + row) * stride;
+    for (int r = 0; r < kCount; r += kPass) {
       UNROLL
-      for (int c = chunk; c < kDim / 8; c += kTurned) {
-        const bool valid = first + row < rows && 8 * c < dim;
-        copy_async_16(to + offset(row, c), valid ? source + 8 * c : from, valid);
+      for (int c = 0; c < kDim / 8; c += kTurned) {
+        const bool valid = first + row + r < rows && 8 * (chunk + c) < dim;
+        copy_async_16(to + r * kRowBytes + c * 16, valid ? source + 8 * c : from, valid);
       }
+      source += kPass * stride;
     }
   }
 
@@ -79,11 +83,12 @@ struct Tile {
     }
   }
 
-  /// sums [queries][keys] += rows of `left` times rows of `right`, along kDim. Both lane offsets are given, as one
-  /// register each.
+  /// sums += rows of `left` times rows of `right`, along kDim. (Lane offsets are made fresh: their eight variants would
+  /// else stay in registers over a loop around this.)
   template <int kDown, int kAcross>
   static DEVICE void add_row_products(Sums<kDown, kAcross>& sums, const unsigned char* left, int left_lane,
                                       const unsigned char* right, int right_lane) {
+    left_lane = fresh(left_lane), right_lane = fresh(right_lane);
     UNROLL
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[kDown][4];
@@ -96,6 +101,7 @@ struct Tile {
   template <int kDown, int kAcross>
   static DEVICE void add_row_products(Sums<kDown, kAcross>& sums, const uint32_t (&left)[kSteps][kDown][4],
                                       const unsigned char* right, int right_lane) {
+    right_lane = fresh(right_lane);
     UNROLL
     for (int step = 0; step < kSteps; ++step) add_step(sums, left[step], right, right_lane, step);
   }
@@ -105,6 +111,7 @@ struct Tile {
   template <int kDown, int kRows>
   static DEVICE void add_weighted_rows(Sums<kDown, kDim / 8>& sums, const Sums<kDown, kRows>& weights,
                                        const unsigned char* tile, int left_lane) {
+    left_lane = fresh(left_lane);
     UNROLL
     for (int n = 0; n < kRows; n += 2) {
       uint32_t a[kDown][4];
@@ -125,8 +132,8 @@ struct Tile {
     }
   }
 
-  /// A warp's sums times `factor` of each row, rounded, by way of its own rows of a tile in shared memory to rows
-  /// [first, rows) of a head: `lines` are the first rows of the warp in the tile and in the head.
+  /// A warp's sums, rounded, to the rows of a head from `first` on, as far as there are `rows`. They go by way of
+  /// `tile`, shared memory that only this warp uses, so that lanes write 16 bytes each and rows as a whole.
   template <int kDown>
   static DEVICE void store(unsigned char* tile, const Sums<kDown, kDim / 8>& sums, T* to, int64_t stride, int first,
                            int rows, int dim) {

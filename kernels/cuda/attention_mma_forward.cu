@@ -3,6 +3,18 @@
 // A block of 4 warps takes 64 or 128 queries of one head and walks over the blocks of 64 keys that they see; each warp
 // has 16 or 32 of the queries to itself, from the scores to the output, so that softmax needs no shared memory: the
 // row of a query lies in 4 lanes, and scores become the left factor of the product with the values where they are.
+//
+// Keys have two buffers and values one: while the scores of a block are computed, its values and the next keys are on
+// their way. D is the width of a head, rounded up to 32, 64, 96 or 128.
+//
+// Why these sizes. 32 queries a warp: what load_matrices reads of the keys then serves two products of 16 rows, and
+// shared memory (128 bytes a clock) is busy for half of the time that the tensor cores are; 16 would keep it as busy as
+// them. 64 keys: a lane holds 32 x D / 32 = D sums of the output and 32 x 64 / 32 = 64 scores, at D 128 192 of the 255
+// registers; 128 keys would spill. At D 32 and 64 the rest has room for the queries too (D / 2 registers), which else
+// are read again for each block. Shared memory at D 128: 32 KB of queries, 2 x 16 of keys, 16 of values and 532 bytes:
+// two blocks fit into an A100's 164 KB as into an H100's 228, so that one's products run beside the other's
+// exponentials. Registers allow no third, but at D 32. If there are fewer blocks of 128 queries than multiprocessors,
+// blocks of 64 (16 queries a warp) keep twice as many of them at work.
 #include "attention_mma.h"
 #include "attention_mma_padding.h"
 
@@ -19,23 +31,25 @@ struct Shared {
   alignas(128) unsigned char k[2][kKeys * 2 * kDim];
   alignas(128) unsigned char v[kKeys * 2 * kDim];
   float bias[2][kKeys];
-  int2 ranges[kRows];  // first key and number of keys
+  Seen seen;
 };
 
-/// Scores of the keys that a query does not see become kUnseen; `first_key` is that of the lane's first column.
-template <int kTiles>
-DEVICE void hide(Sums<kTiles, kKeys / 8>& scores, const int2* ranges, int first_key, int prefix) {
+/// Scores of keys that a query does not see become kUnseen. The lane's first row and column are `query` and `key`.
+template <class T, int kTiles>
+DEVICE void hide(Sums<kTiles, kKeys / 8>& scores, const Attention<T>& call, int b, int query, int key, int prefix) {
+  query = fresh(query);
   UNROLL
   for (int i = 0; i < kTiles; ++i)
     UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int2 range = ranges[i * 16 + half * 8];
+      const int row = query + i * 16 + half * 8;
+      const int2 range = row < call.queries ? call.range(b, row) : make_int2(0, 0);
       UNROLL
       for (int j = 0; j < kKeys / 8; ++j)
         UNROLL
         for (int e = 0; e < 2; ++e) {
-          const int key = first_key + 8 * j + e;
-          const bool sees = key < prefix || static_cast<unsigned>(key - range.x) < static_cast<unsigned>(range.y);
+          const int column = key + 8 * j + e;
+          const bool sees = column < prefix || (range.x <= column && column < range.y);
           if (!sees) scores[i][j][2 * half + e] = kUnseen;
         }
     }
@@ -56,6 +70,8 @@ struct Softmax {
   /// Scores become weights 2^(scale (score - largest)), and `out` is brought down to the same largest score.
   template <int kColumns>
   DEVICE void add(Sums<kTiles, kKeys / 8>& scores, Sums<kTiles, kColumns>& out, float scale) {
+    float factor[kTiles][2];
+    bool grown = false;
     UNROLL
     for (int i = 0; i < kTiles; ++i)
       UNROLL
@@ -66,80 +82,96 @@ struct Softmax {
           row_largest = fmaxf(row_largest, fmaxf(scores[i][j][2 * half], scores[i][j][2 * half + 1]));
         row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 1));
         row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 2));
-        const float scaled = row_largest * scale, shift = scaled == kUnseen ? 0.f : scaled;  // nothing seen: weights of 0
-        const float factor = exp2_fast(largest[i][half] * scale - shift);
+        grown = grown || row_largest > largest[i][half];
+        factor[i][half] = exp2_fast(largest[i][half] * scale - shift(row_largest, scale));
         largest[i][half] = row_largest;
-        float row_sum = 0;
+      }
+    if (any_lane(grown)) {
+      UNROLL
+      for (int i = 0; i < kTiles; ++i)
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+          sum[i][half] *= factor[i][half];
+          UNROLL
+          for (int c = 0; c < kColumns; ++c)
+            out[i][c][2 * half] *= factor[i][half], out[i][c][2 * half + 1] *= factor[i][half];
+        }
+    }
+    UNROLL
+    for (int i = 0; i < kTiles; ++i)
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float less = shift(largest[i][half], scale);
         UNROLL
         for (int j = 0; j < kKeys / 8; ++j)
           UNROLL
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            scores[i][j][e] = exp2_fast(scores[i][j][e] * scale - shift);
-            row_sum += scores[i][j][e];
+            scores[i][j][e] = exp2_fast(scores[i][j][e] * scale - less);
+            sum[i][half] += scores[i][j][e];
           }
-        sum[i][half] = sum[i][half] * factor + row_sum;
-        UNROLL
-        for (int c = 0; c < kColumns; ++c) out[i][c][2 * half] *= factor, out[i][c][2 * half + 1] *= factor;
       }
+  }
+
+ private:
+  /// What scaled scores are reduced by; 0 as long as no key has been seen, for weights of 0.
+  static DEVICE float shift(float largest, float scale) {
+    const float scaled = largest * scale;
+    return scaled == kUnseen ? 0.f : scaled;
   }
 };
 
 template <class T, int kDim, int kTiles>
-KERNEL_FUNCTION __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2) attend(Attention<T> call, float scale) {
+KERNEL_FUNCTION __launch_bounds__(kThreads, kDim * kTiles <= 64 ? 3 : 2) attend(Attention<T> call, float scale) {
   using Tile = run_llm::Tile<T, kDim>;
   using Shared = run_llm::Shared<kDim, kTiles>;
-  constexpr bool kHoldQueries = kTiles * kDim <= 64;
+  constexpr bool kHoldQueries = kTiles * kDim <= 128;
   Shared& shared = *shared_memory<Shared>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp_row = thread / 32 * 16 * kTiles;
   const int first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * Shared::kRows;  // the longest causal rows first
   const int head = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
-  const T* k = call.k + call.k_start(b, call.kv_head(head));
-  const T* v = call.v + call.k_start(b, call.kv_head(head));
-  const float* bias = call.bias_of(b, head);
-  const Seen seen = Seen::of(call, b, first, Shared::kRows);
+  const int64_t kv_start = call.k_start(b, call.kv_head(head));
 
   const auto fetch_keys = [&](int n, int buffer) {
-    Tile::template copy<kKeys, kThreads>(shared.k[buffer], k, call.k_stride(), n * kKeys, call.keys, call.dim);
-    if (bias && thread < kKeys)
-      copy_async_4(&shared.bias[buffer][thread], bias + n * kKeys + thread, n * kKeys + thread < call.keys);
+    Tile::template copy<kKeys, kThreads>(shared.k[buffer], call.k + kv_start, call.k_stride(), n * kKeys, call.keys, call.dim);
+    if (call.bias && thread < kKeys)
+      copy_async_4(&shared.bias[buffer][thread], call.bias_of(b, head) + n * kKeys + thread, n * kKeys + thread < call.keys);
   };
 
-  const int end = seen.end<kKeys>();
-  int n = seen.begin<kKeys>(), buffer = 0;
+  const Seen found = Seen::of(call, b, first, Shared::kRows);
+  if (thread == 0) shared.seen = found;
+  const Seen& seen = shared.seen;  // the loop has no registers to spare
+  const int end = found.end<kKeys>();
+  int n = found.begin<kKeys>(), buffer = 0;
   Tile::template copy<Shared::kRows, kThreads>(shared.q, call.q + call.q_start(b, head), call.q_stride(), first,
                                                call.queries, call.dim);
   if (n < end) fetch_keys(n, buffer);
   copy_async_commit();
-  if (thread < Shared::kRows) {
-    const int2 range = first + thread < call.queries ? call.range(b, first + thread) : make_int2(0, 0);
-    shared.ranges[thread] = make_int2(range.x, call.max_of(range.y - range.x, 0));
-  }
-
   const unsigned char* my_q = shared.q + warp_row * Tile::kRowBytes;
-  const int left_lane = Tile::left_lane(), right_lane = Tile::right_lane();
+  
   uint32_t held[Tile::kSteps][kTiles][4];
   if constexpr (kHoldQueries) {
     copy_async_wait<0>();
     __syncthreads();
     UNROLL
-    for (int step = 0; step < Tile::kSteps; ++step) Tile::load_left(held[step], my_q, left_lane, step);
+    for (int step = 0; step < Tile::kSteps; ++step) Tile::load_left(held[step], my_q, Tile::left_lane(), step);
   }
+  const int left_lane = Tile::left_lane(), right_lane = Tile::right_lane();
   Sums<kTiles, kDim / 8> out;
   Softmax<kTiles> softmax;
   clear(out);
   softmax.begin();
 
   while (n < end) {
-    const int next = seen.next<kKeys>(n);
     copy_async_wait<0>();
     __syncthreads();  // these keys have come; nobody reads the values and keys before them any more
-    Tile::template copy<kKeys, kThreads>(shared.v, v, call.k_stride(), n * kKeys, call.keys, call.dim);
+    const int next = seen.next<kKeys>(n);
+    Tile::template copy<kKeys, kThreads>(shared.v, call.v + kv_start, call.k_stride(), n * kKeys, call.keys, call.dim);
     copy_async_commit();
     if (next < end) fetch_keys(next, 1 - buffer);
     copy_async_commit();
 
     Sums<kTiles, kKeys / 8> scores;
-    if (bias)
+    if (call.bias)
       begin_with(scores, shared.bias[buffer]);
     else
       clear(scores);
@@ -148,7 +180,7 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2) attend(Attention
     else
       Tile::add_row_products(scores, my_q, left_lane, shared.k[buffer], right_lane);
     if (!seen.whole<kKeys>(n))
-      hide<kTiles>(scores, shared.ranges + warp_row + lane / 4, n * kKeys + lane % 4 * 2, seen.prefix);
+      hide<T, kTiles>(scores, call, b, first + warp_row + lane / 4, n * kKeys + lane % 4 * 2, seen.prefix);
     softmax.add(scores, out, scale);
     copy_async_wait<1>();  // all but the next keys
     __syncthreads();
@@ -177,6 +209,8 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2) attend(Attention
   Tile::store(shared.q + warp_row * Tile::kRowBytes, out, call.out + call.q_start(b, head), call.q_stride(),
               first + warp_row, call.queries, call.dim);
 }
+
+// ---- the host's side
 
 template <class T, int kDim, int kTiles>
 void attend_with(const Attention<T>& call, float scale, cudaStream_t stream) {
