@@ -28,10 +28,10 @@ SOURCES = (_HERE / "abi", _HERE / "cpu")
 CUDA_SOURCES = (_HERE / "abi", _HERE / "cuda")
 EMULATOR_SOURCES = (*CUDA_SOURCES, _HERE / "cuda" / "emulator")
 SHIPPED = _HERE / "lib"
-# Files kept in the cache, the latest used: libraries for four instruction sets of four states of the sources, and
-# the object files of about as much.
-_KEPT_LIBRARIES = 16
-_KEPT_OBJECTS = 256
+# Files kept in the cache, the latest used: libraries of six kinds (four instruction sets, the emulator, a GPU) of four
+# states of the sources, and the object files of about as much.
+_KEPT_LIBRARIES = 24
+_KEPT_OBJECTS = 384
 _NEVER_PRUNED = 24 * 3600.0  # seconds since its last use: a running process may still open it
 
 
