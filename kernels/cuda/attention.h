@@ -22,6 +22,9 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kMostDim = 128;
 constexpr int kMostBatch = 65535;  // of a grid's second and third size
 
+/// A bias as it is added: one below -1e29 hides its key, as -infinity does.
+DEVICE float bias_term(float bias) { return bias < -1e29f ? -INFINITY : bias; }
+
 /// Arguments of a kernel, passed by value. T: float, bf16 or fp16.
 template <class T>
 struct Attention {
@@ -76,7 +79,21 @@ struct Attention {
     const int* both = ranges + b * ranges_row + 2 * static_cast<int64_t>(query);
     return make_int2(max_of(both[0], 0), min_of(both[1], keys));
   }
+  DEVICE bool sees(int b, int query, int key) const {
+    const int2 own = range(b, query);
+    return key < prefix_length() || (own.x <= key && key < own.y);
+  }
   DEVICE int prefix_length() const { return max_of(min_of(*prefix, keys), 0); }
+  /// Whether the rows of all heads begin at multiples of 16 bytes.
+  bool rows_at_16_bytes() const {
+    bool all = dim * sizeof(T) % 16 == 0;
+    for (const void* array : {static_cast<const void*>(q), static_cast<const void*>(k), static_cast<const void*>(v),
+                              static_cast<const void*>(out), static_cast<const void*>(given_out),
+                              static_cast<const void*>(dout), static_cast<const void*>(dq),
+                              static_cast<const void*>(dk), static_cast<const void*>(dv)})
+      all = all && reinterpret_cast<uintptr_t>(array) % 16 == 0;
+    return all;
+  }
   /// 1 / sqrt(D) for exponentials of base 2.
   float scale_log2() const { return kLog2E / std::sqrt(static_cast<float>(dim)); }
   float scale() const { return 1 / std::sqrt(static_cast<float>(dim)); }
@@ -99,7 +116,7 @@ struct Attention {
     call.kv_heads = static_cast<int>(args.size("K"));
     call.dim = static_cast<int>(args.size("D"));
     args.require(call.heads % call.kv_heads == 0, "k", "its number of heads must divide that of q");
-    args.require(call.dim <= kMostDim, "q", "its heads are wider than 128");
+    args.require(call.dim <= kMostDim, "q", "its heads are wider than 128, the most that these kernels take");
     args.require(call.batch <= kMostBatch && call.heads <= kMostBatch, "q", "more than 65535 rows or heads");
     call.ranges = args.input<int32_t>("ranges", "R Sq 2");
     const int64_t range_rows = args.size("R");
@@ -160,6 +177,11 @@ struct Seen {
   DEVICE int next(int n) const {
     ++n;
     return n * kKeys >= prefix && n < some.x / kKeys ? some.x / kKeys : n;
+  }
+  /// Whether some query may see a key of a block.
+  template <int kKeys>
+  DEVICE bool sees(int n) const {
+    return n * kKeys < prefix || (some.x < (n + 1) * kKeys && n * kKeys < some.y);
   }
   /// Whether every query sees all keys of a block: no mask is needed.
   template <int kKeys>

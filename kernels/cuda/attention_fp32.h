@@ -8,12 +8,12 @@ namespace run_llm {
 constexpr float kHidden = -INFINITY;  // the score of a key that is not seen
 
 /// Rows [first, first + kCount) of a head, `stride` numbers apart, into shared memory, kStride apart; zeros for rows
-/// from `rows` on and columns from `dim` on. kVectors: dim is a multiple of 4, so that rows begin at 16 bytes.
+/// from `rows` on and columns from `dim` on. kVectors: rows begin at multiples of 16 bytes.
 /// Asynchronous: the caller commits and waits.
 template <int kDim, int kCount, int kStride, int kThreads, bool kVectors>
 DEVICE void copy_rows(float* to, const float* from, int64_t stride, int first, int rows, int dim) {
   constexpr int kStep = kVectors ? 4 : 1, kAcross = kDim / kStep;
-  UNROLL
+#pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < kCount * kAcross; i += kThreads) {
     const int row = i / kAcross, column = i % kAcross * kStep;
     const bool valid = first + row < rows && column < dim;
@@ -25,14 +25,20 @@ DEVICE void copy_rows(float* to, const float* from, int64_t stride, int first, i
   }
 }
 
+/// All numbers zero.
+template <int kDown, int kAcross>
+DEVICE void clear(float (&numbers)[kDown][kAcross]) {
+  UNROLL
+  for (int i = 0; i < kDown; ++i)
+    UNROLL
+    for (int j = 0; j < kAcross; ++j) numbers[i][j] = 0;
+}
+
 /// to[i][j] = the product of row i * kLeftStep of `left` and row j * kRightStep of `right`, kDim numbers long.
 template <int kLeft, int kRight, int kLeftStep, int kRightStep, int kDim>
 DEVICE void multiply_rows(float (&to)[kLeft][kRight], const float* left, int left_stride, const float* right,
                           int right_stride) {
-  UNROLL
-  for (int i = 0; i < kLeft; ++i)
-    UNROLL
-    for (int j = 0; j < kRight; ++j) to[i][j] = 0;
+  clear(to);
 #pragma unroll 2
   for (int d = 0; d < kDim; d += 4) {
     float4 a[kLeft];
