@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 THREADS = 2
+UNAVAILABLE = 69  # exit code of a benchmark whose device this machine lacks: sysexits.h's EX_UNAVAILABLE
 PACKAGES = ("mindspore", "numpy", "torch", "transformers", "peft", "sentencepiece", "tokenizers", "safetensors")
 
 
