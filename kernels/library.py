@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,23 +77,63 @@ class Library:
                  for argument in arguments]
         count = len(arrays)
         shapes = [(ctypes.c_int64 * max(array.ndim, 1))(*array.shape) for array in arrays]
-        code = getattr(self._library, name)(
-            ctypes.c_int(count),
-            (ctypes.c_void_p * count)(*[array.ctypes.data for array in arrays]),
-            (ctypes.c_int * count)(*[array.ndim for array in arrays]),
-            (ctypes.POINTER(ctypes.c_int64) * count)(*[ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
-                                                       for shape in shapes]),
-            (ctypes.c_char_p * count)(*names),
-            None,
-            None,
-        )
-        if code:
-            raise KernelError(self._library.last_error().decode())
+        with self._reachable(arrays, len(inputs)) as addresses:
+            code = getattr(self._library, name)(
+                ctypes.c_int(count),
+                (ctypes.c_void_p * count)(*addresses),
+                (ctypes.c_int * count)(*[array.ndim for array in arrays]),
+                (ctypes.POINTER(ctypes.c_int64) * count)(*[ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+                                                           for shape in shapes]),
+                (ctypes.c_char_p * count)(*names),
+                None,
+                None,
+            )
+            if code:
+                raise KernelError(self._library.last_error().decode())
+
+    @contextmanager
+    def _reachable(self, arrays: list[np.ndarray], inputs: int) -> Iterator[list[int]]:
+        """Addresses where the kernels find the arrays, of which the first `inputs` are only read."""
+        yield [array.ctypes.data for array in arrays]
 
 
 class Emulator(Library):
-    """The CUDA kernels under the emulator of kernels/cuda/emulator."""
+    """The CUDA kernels under the emulator of kernels/cuda/emulator.
+
+    Every array is handed over as a copy whose end is the end of a page, with nothing behind it: an access there, or a
+    write to an input, is an error of the kernel.
+    """
 
     def seed(self, number: int) -> None:
         """Draw the order in which threads and blocks run from this number from now on."""
         self._library.emulator_seed(number)
+
+    @contextmanager
+    def _reachable(self, arrays: list[np.ndarray], inputs: int) -> Iterator[list[int]]:
+        with ExitStack() as stack:
+            addresses = [stack.enter_context(_fenced(array, read_only=index < inputs))
+                         for index, array in enumerate(arrays)]
+            yield addresses
+
+
+@contextmanager
+def _fenced(array: np.ndarray, read_only: bool) -> Iterator[int]:
+    """The address of a copy in pages of its own, the last of which no one may touch; copied back unless `read_only`.
+
+    It begins as far past a multiple of 16 bytes as the array does: up to 15 bytes lie between its end and the fence.
+    """
+    page, size = mmap.PAGESIZE, array.nbytes
+    pages = -(-(size + 15) // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    buffer = ctypes.c_char.from_buffer(memory)
+    begin = ctypes.addressof(buffer)
+    fence = begin + pages * page
+    address = fence - size - (fence - size - array.ctypes.data) % 16
+    ctypes.memmove(address, array.ctypes.data, size)
+    libc = ctypes.CDLL(None)
+    libc.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0)
+    if read_only:
+        libc.mprotect(ctypes.c_void_p(begin), ctypes.c_size_t(pages * page), mmap.PROT_READ)
+    yield address
+    if not read_only:
+        ctypes.memmove(array.ctypes.data, address, size)

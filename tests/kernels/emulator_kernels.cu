@@ -56,7 +56,7 @@ KERNEL_FUNCTION copy_nothing(const float* from, float* to) {
 
 enum Fault {
   kPartingLanes, kEndedLane, kEndedThread, kPastTheEnd, kMisalignedTarget, kMisalignedSource, kForeignTarget, kEndedCopy,
-  kForeignRow, kMisalignedRow, kNoSuchBarrier,
+  kForeignRow, kMisalignedRow, kNoSuchBarrier, kReadPastInput, kWritePastOutput, kWriteToInput, kCopyPastInput,
 };
 
 KERNEL_FUNCTION commit(int fault, const float* from, float* to) {
@@ -74,6 +74,14 @@ KERNEL_FUNCTION commit(int fault, const float* from, float* to) {
     case kForeignRow: load_matrices<false>(fragment, to); break;
     case kMisalignedRow: load_matrices<false>(fragment, shared + 1); break;
     case kNoSuchBarrier: barrier_wait(16, 64); break;
+    case kReadPastInput: to[number()] = from[number() + 1]; break;
+    case kWritePastOutput: to[number() + 1] = 0; break;
+    case kWriteToInput: const_cast<float*>(from)[number()] = 0; break;
+    case kCopyPastInput:
+      copy_async_4(shared + number(), from + number() + 1, true);
+      copy_async_commit();
+      copy_async_wait<0>();
+      break;
   }
 }
 
@@ -200,7 +208,10 @@ KERNEL(commit) {
   const auto* from = args.input<float>("from", "64");
   launch(commit, dim3(1), 64, 256, nullptr, fault, from, args.output<float>("to", "64"));
 }
-KERNEL(half_a_barrier) { launch(half_a_barrier, dim3(2), 64, 0, nullptr); }
+KERNEL(half_a_barrier) {
+  args.done();
+  launch(half_a_barrier, dim3(2), 64, 0, nullptr);
+}
 KERNEL(count_blocks) {
   auto* to = args.output<int32_t>("to", "N");
   launch(count_blocks, dim3(static_cast<unsigned>(args.size("N"))), 32, 0, nullptr, to);

@@ -88,6 +88,10 @@ FAULTS = {  # in the order of the kernel's
     "load_matrices: an address outside shared memory": 8,
     "load_matrices: a misaligned address": 9,
     "no such barrier: 16 of 64 threads": 10,
+    r"thread 63 of block \(0, 0, 0\) reads or writes outside the kernel's arrays": 11,
+    r"thread 63 of block .* reads or writes outside .*, or writes to an input: at 0x[0-9a-f]+000$": 12,
+    r"thread \d+ of block .* or writes to an input: at 0x": 13,
+    "thread 63 of block .* reads or writes outside the kernel's arrays, or": 14,
 }
 
 

@@ -2,10 +2,12 @@
 
 #include <omp.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <atomic>
+#include <cstdio>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -96,7 +98,6 @@ class Block {
   unsigned char* shared() { return shared_; }
   size_t shared_bytes() const { return shared_bytes_; }
   [[noreturn]] void stop(const std::string& text) {
-    if (!running_) throw std::runtime_error(text);  // in an event, on the scheduler's own stack
     error_ = text;
     _longjmp(scheduler_, 2);
   }
@@ -122,8 +123,20 @@ class Block {
   std::string error_;
 };
 
-thread_local Block* current = nullptr;
+thread_local Block* current = nullptr;  // null while none runs in this thread
+struct sigaction before_us;
 thread_local Stacks stacks;
+
+struct Running {
+  explicit Running(Block* block) { current = block; }
+  ~Running() { current = nullptr; }
+};
+
+/// A thread, for an error's text.
+std::string name_of(dim3 thread, dim3 block) {
+  return "thread " + std::to_string(thread.x) + " of block (" + std::to_string(block.x) + ", " +
+         std::to_string(block.y) + ", " + std::to_string(block.z) + ") ";
+}
 
 void Block::enter() {
   current->kernel_();
@@ -147,7 +160,7 @@ void Block::carry_out_event(unsigned which) {
   std::swap(events_[which], events_.back());
   const auto act = std::move(events_.back());
   events_.pop_back();
-  running_ = nullptr;
+  if (_setjmp(scheduler_)) throw std::runtime_error(error_);
   act();
 }
 
@@ -170,10 +183,11 @@ void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
     makecontext(&fiber.start, &Block::enter, 0);
   }
   barriers_.assign(kBarriers, {});  // some may have been left half full
-  current = this;
+  const Running while_it_runs(this);
   state.reset();
+  const unsigned patience = 1u << random() % 12;  // turns of threads from one event to the next
   while (!ready_.empty() || !events_.empty()) {
-    if (!events_.empty() && (ready_.empty() || random() % 8 == 0)) {
+    if (!events_.empty() && (ready_.empty() || random() % patience == 0)) {
       carry_out_event(random() % static_cast<unsigned>(events_.size()));
       continue;
     }
@@ -184,16 +198,36 @@ void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
     if (resume() == 2) throw std::runtime_error(error_);
   }
   for (const Fiber& fiber : fibers_) {
-    const std::string who = "thread " + std::to_string(fiber.thread.x) + " of block (" + std::to_string(index.x) + ", " +
-                            std::to_string(index.y) + ", " + std::to_string(index.z) + ") ";
-    if (!fiber.ended) throw std::runtime_error(who + "waits for ever: " + fiber.waits_for);
+    if (!fiber.ended) throw std::runtime_error(name_of(fiber.thread, index) + "waits for ever: " + fiber.waits_for);
     if (!fiber.open.empty() || !fiber.groups.empty())
-      throw std::runtime_error(who + "ended before its asynchronous copies");
+      throw std::runtime_error(name_of(fiber.thread, index) + "ended before its asynchronous copies");
   }
   for (size_t i = 0; i < kGuard; ++i)
     if (shared_[shared_bytes_ + i] != kUnset)
       throw std::runtime_error("written past the end of shared memory: byte " + std::to_string(shared_bytes_ + i) +
                                " of " + std::to_string(shared_bytes_));
+}
+
+/// An access to memory that is not there: an error of the kernel, if one runs in this thread.
+void on_fault(int, siginfo_t* info, void*) {
+  if (!current) {  // not ours: once more, for whoever was here before
+    sigaction(SIGSEGV, &before_us, nullptr);
+    return;
+  }
+  char where[32];
+  std::snprintf(where, sizeof where, "%p", info->si_addr);
+  current->stop(name_of(current->place.thread, current->place.block) +
+                "reads or writes outside the kernel's arrays, or writes to an input: at " + where);
+}
+
+void watch_faults() {
+  static const bool once = [] {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // it is left by a jump
+    return sigaction(SIGSEGV, &action, &before_us) == 0;
+  }();
+  static_cast<void>(once);
 }
 
 void carry_out(const std::vector<Copy>& copies) {
@@ -300,6 +334,7 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  watch_faults();
   std::string error;  // the first one
   std::mutex lock;
   std::atomic<bool> failed = false;
