@@ -93,7 +93,7 @@ KERNEL_FUNCTION __launch_bounds__(kDecodeThreads, 2) attend_pieces(Decode<float,
         parts[r] = q[r][0] * keys[u][0] + q[r][1] * keys[u][1] + q[r][2] * keys[u][2] + q[r][3] * keys[u][3];
       const int key = first + u * L::kGroups + group;
       const bool sees = key < my_end && key < piece.end;
-      const float added = bias && sees ? bias[key] : 0.f;
+      const float added = bias && sees ? bias_term(bias[key]) : 0.f;
       const float score = (sum_of_row<kRows, L::kAcross>(parts, lane) + added) * scale;
       weights[u] = sees ? score : kNoScore;
       most = fmaxf(most, weights[u]);

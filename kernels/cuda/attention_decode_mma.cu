@@ -123,7 +123,7 @@ KERNEL_FUNCTION __launch_bounds__(kDecodeThreads) attend_pieces(Decode<T, Cache>
         const int key = first + 8 * (e / 2) + 2 * p + e % 2;
         float& score = scores[e / 2][2 * half + e % 2];
         const bool sees = key < ends[half];
-        const float added = bias[half] && sees ? bias[half][key] : 0.f;
+        const float added = bias[half] && sees ? bias_term(bias[half][key]) : 0.f;
         score = sees ? (score + added) * scale : kNoScore;
         most = fmaxf(most, score);
       }
