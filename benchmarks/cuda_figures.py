@@ -9,7 +9,10 @@ from typing import Any
 from benchmarks import common
 
 PASSES = {"forward": 4, "backward": 10}  # operations over D, for a head and a pair
-ERROR_PEERS = {"own": ("unfused", "flash", "efficient"), "tf32": ("efficient",), "hopper": ("flash", "efficient")}
+ERROR_PEERS = {  # side -> whose error its own is compared with: the first that is there
+    "own": ("unfused", "flash", "efficient", "torch"), "paged": ("flash", "efficient", "torch"),
+    "tf32": ("efficient",), "hopper": ("flash", "efficient"),
+}  # fmt: skip
 
 Point = dict[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -247,9 +248,9 @@ def _exact_head(q: Any, k: Any, v: Any, ranges: Any, dout: Any) -> list[Any]:
 
 
 def worst_error(found: Any, wanted: Any) -> float:
-    """Largest of ||found - wanted|| / ||wanted|| over all batch items and heads of [B, S, H, D]."""
-    difference = (found.double() - wanted).norm(dim=(1, 3))
-    return float((difference / wanted.norm(dim=(1, 3))).max())
+    """Largest of ||found - wanted|| / ||wanted|| over all batch items and heads of [B, S, H, D]; a NaN is infinite."""
+    worst = float(((found.double() - wanted).norm(dim=(1, 3)) / wanted.norm(dim=(1, 3))).max())
+    return worst if worst == worst else math.inf
 
 
 def errors(sides: Mapping[str, Side], wanted: list[Any]) -> dict[str, dict[str, float]]:

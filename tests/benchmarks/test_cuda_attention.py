@@ -140,3 +140,5 @@ def test_the_worst_head_counts():
     found = wanted.clone()
     found[1, :, 2] *= 1.5
     assert cuda_sides.worst_error(found.float(), wanted) == pytest.approx(0.5)
+    found[0, 3, 1, 2] = np.nan
+    assert cuda_sides.worst_error(found, wanted) == np.inf
