@@ -1,10 +1,26 @@
 // The operators of attention.h: which kernel runs.
 #include "attention.h"
 #include "attention_fp32.h"
+#include "attention_mma.h"
 
 using namespace run_llm;
 
+namespace {
+
+constexpr const char* kDtypes = "these kernels take float32, bfloat16 and float16: cast q, k and v to one of them";
+
+}  // namespace
+
 KERNEL(attention_forward) {
   auto* stream = static_cast<cudaStream_t>(args.stream());
-  attention_fp32_forward(Attention<float>::forward(args), stream);
+  if (args.next_is("float32")) return attention_fp32_forward(Attention<float>::forward(args), stream);
+  if (args.next_is("bfloat16")) return attention_mma_forward(Attention<bf16>::forward(args), stream);
+  if (args.next_is("float16")) return attention_mma_forward(Attention<fp16>::forward(args), stream);
+  args.require(false, "q", kDtypes);
+}
+
+KERNEL(attention_backward) {
+  auto* stream = static_cast<cudaStream_t>(args.stream());
+  if (args.next_is("float32")) return attention_fp32_backward(Attention<float>::backward(args), stream);
+  args.require(false, "q", kDtypes);
 }

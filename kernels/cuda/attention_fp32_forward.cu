@@ -17,13 +17,15 @@ struct Tiles {
   static constexpr int kThreads = 128, kAcross = 8, kDown = 16;
   static constexpr int kRows = kDim <= 64 ? 128 : 64, kKeys = 64;  // queries and keys of a block
   static constexpr int kMyRows = kRows / kDown, kMyKeys = kKeys / kAcross, kMyColumns = kDim / kAcross;
-  // Rows are 4 numbers longer than what they hold: threads that read one column of 8 rows use 8 different banks.
-  static constexpr int kStride = kDim + 4, kWeightStride = kKeys + 4;
+  // Rows are longer than what they hold: by 4 numbers, so that 8 threads that read 4 columns of 8 rows use all banks;
+  // by 8 where the 32 threads of 4 rows write 8 columns each.
+  static constexpr int kStride = kDim + 4, kWeightStride = kKeys + 8;
   float q[kRows][kStride], k[kKeys][kStride], v[kKeys][kDim], weights[kRows][kWeightStride], bias[kKeys];
+  int2 ranges[kRows];
 };
 
 template <int kDim, bool kVectors>
-KERNEL_FUNCTION __launch_bounds__(128) attend(Attention<float> call, float scale) {
+KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float scale) {
   using T = Tiles<kDim>;
   T& shared = *shared_memory<T>();
   const int thread = static_cast<int>(threadIdx.x), x = thread % T::kAcross, y = thread / T::kAcross;
@@ -54,12 +56,10 @@ KERNEL_FUNCTION __launch_bounds__(128) attend(Attention<float> call, float scale
   if (n < end) fetch_keys(n);
   if (n < end) fetch_values(n);
 
-  int2 ranges[T::kMyRows];
+  if (thread < T::kRows) shared.ranges[thread] = first + thread < call.queries ? call.range(b, first + thread) : make_int2(0, 0);
   float largest[T::kMyRows], sum[T::kMyRows], out[T::kMyRows][T::kMyColumns];
   UNROLL
   for (int i = 0; i < T::kMyRows; ++i) {
-    const int query = first + y + i * T::kDown;
-    ranges[i] = query < call.queries ? call.range(b, query) : make_int2(0, 0);
     largest[i] = kHidden;
     sum[i] = 0;
     UNROLL
@@ -73,32 +73,42 @@ KERNEL_FUNCTION __launch_bounds__(128) attend(Attention<float> call, float scale
     float scores[T::kMyRows][T::kMyKeys];
     multiply_rows<T::kMyRows, T::kMyKeys, T::kDown, T::kAcross, kDim>(scores, shared.q[y], T::kStride, shared.k[x],
                                                                       T::kStride);
-    float added[T::kMyKeys];
-    UNROLL
-    for (int j = 0; j < T::kMyKeys; ++j) added[j] = bias ? shared.bias[x + j * T::kAcross] : 0.f;
+    if (bias) {
+      UNROLL
+      for (int j = 0; j < T::kMyKeys; ++j) {
+        const float added = bias_term(shared.bias[x + j * T::kAcross]);
+        UNROLL
+        for (int i = 0; i < T::kMyRows; ++i) scores[i][j] += added;
+      }
+    }
     __syncthreads();  // nobody reads these keys any more
     if (next < end) fetch_keys(next);
 
-    const bool whole = seen.whole<T::kKeys>(n);
+    if (!seen.whole<T::kKeys>(n)) {
+      UNROLL
+      for (int i = 0; i < T::kMyRows; ++i) {
+        const int2 range = shared.ranges[y + i * T::kDown];
+        UNROLL
+        for (int j = 0; j < T::kMyKeys; ++j) {
+          const int key = n * T::kKeys + x + j * T::kAcross;
+          if (key >= seen.prefix && (key < range.x || key >= range.y)) scores[i][j] = kHidden;
+        }
+      }
+    }
     UNROLL
     for (int i = 0; i < T::kMyRows; ++i) {
       float row_largest = largest[i];
       UNROLL
-      for (int j = 0; j < T::kMyKeys; ++j) {
-        const int key = n * T::kKeys + x + j * T::kAcross;
-        const bool sees = whole || key < seen.prefix || (ranges[i].x <= key && key < ranges[i].y);
-        scores[i][j] = sees ? (scores[i][j] + added[j]) * scale : kHidden;
-        row_largest = fmaxf(row_largest, scores[i][j]);
-      }
+      for (int j = 0; j < T::kMyKeys; ++j) row_largest = fmaxf(row_largest, scores[i][j]);
       UNROLL
       for (int other = 1; other < T::kAcross; other *= 2) row_largest = fmaxf(row_largest, shuffle_xor(row_largest, other));
-      const float shift = row_largest == kHidden ? 0.f : row_largest;  // nothing seen yet: weights of 0
-      const float factor = exp2_fast(largest[i] - shift);
+      const float shift = row_largest == kHidden ? 0.f : row_largest * scale;  // nothing seen yet: weights of 0
+      const float factor = exp2_fast(largest[i] * scale - shift);
       largest[i] = row_largest;
       float row_sum = 0;
       UNROLL
       for (int j = 0; j < T::kMyKeys; ++j) {
-        const float weight = exp2_fast(scores[i][j] - shift);
+        const float weight = exp2_fast(scores[i][j] * scale - shift);
         row_sum += weight;
         shared.weights[y + i * T::kDown][x + j * T::kAcross] = weight;
       }
@@ -130,7 +140,7 @@ KERNEL_FUNCTION __launch_bounds__(128) attend(Attention<float> call, float scale
     for (int c = 0; c < T::kMyColumns; ++c) out[i][c] *= inverse;
     store_row<T::kMyColumns, kVectors>(call.out + call.q_start(b, head) + query * call.q_stride(), out[i], 4 * x,
                                        4 * T::kAcross, call.dim);
-    if (x == 0) call.lse[call.lse_start(b, head) + query] = sum[i] == 0 ? 0.f : largest[i] * kLn2 + logf(sum[i]);
+    if (x == 0) call.lse[call.lse_start(b, head) + query] = sum[i] == 0 ? 0.f : largest[i] * (scale * kLn2) + logf(sum[i]);
   }
 }
 
@@ -138,7 +148,7 @@ template <int kDim>
 void attend_with(const Attention<float>& call, cudaStream_t stream) {
   using T = Tiles<kDim>;
   const dim3 blocks((call.queries + T::kRows - 1) / T::kRows, call.heads, call.batch);
-  const auto kernel = call.dim % 4 == 0 ? attend<kDim, true> : attend<kDim, false>;
+  const auto kernel = call.rows_at_16_bytes() ? attend<kDim, true> : attend<kDim, false>;
   launch(kernel, blocks, T::kThreads, sizeof(T), stream, call, call.scale_log2());
 }
 
