@@ -12,6 +12,7 @@ from pathlib import Path
 from .build import CUDA_SOURCES, built
 from .nvcc import all_architectures, cuda_target, find_nvcc
 
+_WARNING = re.compile("warning|Potential Performance Loss", re.IGNORECASE)  # the latter: products that run one by one
 _COLUMNS = "{:<8}{:>9}{:>8}{:>7}{:>8}  {}"
 
 
@@ -38,7 +39,14 @@ def check(sources: tuple[Path, ...] = CUDA_SOURCES) -> int:
     nvcc = find_nvcc()
     print(nvcc.name)
     library = built(cuda_target(all_architectures(nvcc), sources, ("-Xptxas=-v",)))
-    log = library.with_suffix(".log").read_text(encoding="utf-8")
+    wrong = report(library.with_suffix(".log").read_text(encoding="utf-8"))
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def report(log: str) -> list[str]:
+    """Print the table of what a library's log tells; returns what is wrong, a line each."""
     usages = sorted(parsed(log), key=lambda usage: (usage.source, usage.function, usage.architecture))
     names = _readable([usage.function for usage in usages])
     print(_COLUMNS.format("", "registers", "shared", "stack", "spills", ""))
@@ -53,11 +61,9 @@ def check(sources: tuple[Path, ...] = CUDA_SOURCES) -> int:
         if usage.stack or spills:
             wrong.append(f"{name} in {source} for {usage.architecture}: {usage.stack} bytes of stack, "
                          f"{usage.stores} bytes of registers spilled, {usage.loads} loaded back")
-    wrong += [line.strip() for line in log.splitlines() if "warning" in line.lower()]
-    for line in wrong:
-        print(f"error: {line}", file=sys.stderr)
+    wrong += [line.strip() for line in log.splitlines() if _WARNING.search(line)]
     print(f"{len(usages)} kernels compiled, {len(wrong) or 'no'} errors")
-    return 1 if wrong else 0
+    return wrong
 
 
 def parsed(log: str) -> list[Usage]:

@@ -213,6 +213,15 @@ ptxas info    : Used 40 registers, used 0 barriers
     ]
 
 
+@pytest.mark.parametrize(("line", "wrong"), [
+    ("ptxas info    : 0 bytes gmem", False),
+    ("ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to", True),
+    ('its_hopper.cu(3): warning #177-D: variable "x" was declared but never referenced', True),
+])
+def test_the_check_fails_on_what_the_compiler_warns_of(line, wrong):
+    assert ptxas.report(f"its_hopper.cu:\n{line}\n") == ([line] if wrong else [])
+
+
 @needs_nvcc
 def test_the_check_passes_what_fits_and_names_what_spills(tree, capsys):
     assert ptxas.check((tree,)) == 0
