@@ -16,17 +16,14 @@
 //   the other's products run;
 // * within one: the scores of the next block are started before the weights of this one meet the values, and their
 //   softmax runs while these products do.
-#include "attention.h"
-#include "hopper.h"
+#include "attention_hopper.h"
 
 namespace run_llm {
 namespace {
 
-constexpr float kHidden = -INFINITY;  // the score of a key that is not seen
-
 template <int kDim>
 struct Tiles {
-  static constexpr int kConsumers = 2, kRows = 64, kQueries = kConsumers * kRows;
+  static constexpr int kConsumers = 2, kRows = kTileRows, kQueries = kConsumers * kRows;
   static constexpr int kKeys = 128, kStages = 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -50,17 +47,6 @@ struct Tiles {
   }
 };
 
-/// Where in the ring a block's keys and values lie. parity: of the phase in which they are filled.
-template <int kStages>
-struct Ring {
-  int stage = 0, parity = 0;
-  DEVICE void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
 /// One thread: start all copies of the block.
 template <class T, int kDim>
 DEVICE void produce(Tiles<kDim>& shared, const Attention<T>& call, const TensorMap& q, const TensorMap& k,
@@ -72,19 +58,26 @@ DEVICE void produce(Tiles<kDim>& shared, const Attention<T>& call, const TensorM
   if (n >= end) return;
   mbarrier_arrive_expect(&shared.q_full, sizeof shared.q);
   for (int consumer = 0; consumer < Tile::kConsumers; ++consumer)
-    for (int part = 0; part < Tile::kParts; ++part)
-      copy_box(shared.q[consumer][part], q, part * kSwizzledColumns, head, first + consumer * Tile::kRows, b, &shared.q_full);
-  const auto fetch = [&](auto& tile, const TensorMap& map, uint64_t* full, uint64_t* empty, int parity) {
+    copy_tile(shared.q[consumer], q, head, first + consumer * Tile::kRows, b, &shared.q_full);
+  const auto fetch = [&](auto& tile, const TensorMap& map, int block, uint64_t* full, uint64_t* empty, int parity) {
     mbarrier_wait(empty, parity ^ 1);
     mbarrier_arrive_expect(full, sizeof tile);
-    for (int part = 0; part < Tile::kParts; ++part)
-      copy_box(tile[part], map, part * kSwizzledColumns, kv, n * Tile::kKeys, b, full);
+    copy_tile(tile, map, kv, block * Tile::kKeys, b, full);
   };
-  Ring<Tile::kStages> ring;
-  for (; n < end; n = seen.next<Tile::kKeys>(n), ring.advance()) {
-    const int i = ring.stage;
-    fetch(shared.k[i], k, &shared.k_full[i], &shared.k_empty[i], ring.parity);
-    fetch(shared.v[i], v, &shared.v_full[i], &shared.v_empty[i], ring.parity);
+  // The next keys before the values, as the consumers want them.
+  Ring<Tile::kStages> keys, values;
+  const auto fetch_keys = [&] {
+    const int i = keys.stage;
+    fetch(shared.k[i], k, n, &shared.k_full[i], &shared.k_empty[i], keys.parity);
+    keys.advance();
+  };
+  fetch_keys();
+  while (n < end) {
+    const int block = n, i = values.stage;
+    n = seen.next<Tile::kKeys>(n);
+    if (n < end) fetch_keys();
+    fetch(shared.v[i], v, block, &shared.v_full[i], &shared.v_empty[i], values.parity);
+    values.advance();
   }
 }
 
@@ -94,21 +87,6 @@ template <int kKeys>
 struct Softmax {
   float largest[2] = {kHidden, kHidden}, sum[2] = {0, 0}, factor[2];
   int2 ranges[2];
-
-  /// Scores of keys that a row does not see become kHidden. `first`: the thread's first key.
-  DEVICE void hide(float (&scores)[kKeys / 2], int first, int prefix) const {
-    UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const int low = ranges[j].x - first, high = ranges[j].y - first, shared = prefix - first;
-      UNROLL
-      for (int i = 0; i < kKeys / 8; ++i)
-        UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int key = 8 * i + e;
-          if (key >= shared && (key < low || key >= high)) scores[4 * i + 2 * j + e] = kHidden;
-        }
-    }
-  }
 
   /// Scores to weights in place; factor is what the output so far has to be multiplied by.
   DEVICE void weigh(float (&scores)[kKeys / 2], float scale) {
@@ -136,50 +114,12 @@ struct Softmax {
   }
 };
 
-/// Add the bias of the thread's keys, `first` the first; none from `keys` on.
-template <int kKeys>
-DEVICE void add_bias(float (&scores)[kKeys / 2], const float* bias, int first, int keys) {
-  UNROLL
-  for (int i = 0; i < kKeys / 8; ++i)
-    UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int key = first + 8 * i + e;
-      const float added = key < keys ? bias[key] : 0.f;
-      scores[4 * i + e] += added;
-      scores[4 * i + 2 + e] += added;
-    }
-}
-
-/// The warp's 16 rows of the output, by way of its rows of `tile` so that 16 bytes go out at a time.
-template <class T, int kDim>
-DEVICE void store(uint16_t (*tile)[Tiles<kDim>::kRows][kSwizzledColumns], const float (&out)[kDim / 2], T* to,
-                  int64_t stride, int row, int rows_left) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, pair = lane % 4;
-  // 16 bytes of a row change places by the row's number, as in the swizzle: eight rows use different banks.
-  const auto place = [&](int r, int column) {
-    return &tile[column / kSwizzledColumns][row + r][(column / 8 % 8 ^ r % 8) * 8 + column % 8];
-  };
-  UNROLL
-  for (int i = 0; i < kDim / 8; ++i)
-    UNROLL
-    for (int j = 0; j < 2; ++j)
-      *reinterpret_cast<uint32_t*>(place(group + 8 * j, 8 * i + 2 * pair)) = pack<T>(out[4 * i + 2 * j], out[4 * i + 2 * j + 1]);
-  __syncwarp();
-  constexpr int kAcross = kDim / 8;  // lanes of a row
-  UNROLL
-  for (int r = lane / kAcross; r < 16; r += 32 / kAcross) {
-    if (row + r >= rows_left) continue;
-    const int column = lane % kAcross * 8;
-    *reinterpret_cast<uint4*>(to + (row + r) * stride + column) = *reinterpret_cast<const uint4*>(place(r, column));
-  }
-}
-
 /// A consumer, number 0 or 1: its 64 queries, from `first` on.
 template <class T, int kDim, bool kBias>
 DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, const Seen& seen, int first,
                     int consumer) {
   using Tile = Tiles<kDim>;
-  constexpr int kKeys = Tile::kKeys, kPart = Tile::kKeys * kSwizzledRow;
+  constexpr int kKeys = Tile::kKeys;
   const int head = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;  // the warp's first
@@ -199,38 +139,11 @@ DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, 
 
   const auto take_turn = [&] { barrier_wait(1 + consumer, 2 * kWarpgroup); };
   const auto pass_turn = [&] { barrier_arrive(1 + (consumer + 1) % Tile::kConsumers, 2 * kWarpgroup); };
-  const auto start_scores = [&](int stage) {
-    const uint64_t q = k_major_descriptor(shared.q[consumer]), k = k_major_descriptor(shared.k[stage]);
-    hold(scores);
-    wgmma_fence();
-    UNROLL
-    for (int d = 0; d < kDim / 16; ++d)
-      multiply_async<T, kKeys, false>(scores, moved(q, d / 4 * Tile::kRows * kSwizzledRow + d % 4 * 32),
-                                      moved(k, d / 4 * kPart + d % 4 * 32), d > 0);
-    wgmma_commit();
-  };
-  const auto start_out = [&](int stage) {
-    const uint64_t v = mn_major_descriptor(shared.v[stage], kPart);
-    hold(out);
-    wgmma_fence();
-    UNROLL
-    for (int i = 0; i < kKeys / 16; ++i) multiply_async<T, kDim, true>(out, weights[i], moved(v, i * 2 * kAtom), true);
-    wgmma_commit();
-  };
-  const auto give_back = [&](uint64_t* empty) {
-    if (lane == 0) mbarrier_arrive(empty);
-  };
   const auto weigh = [&](int n) {
     const int mine = n * kKeys + 2 * (lane % 4);
-    if constexpr (kBias) add_bias<kKeys>(scores, bias, mine, call.keys);
-    if (!own.whole<kKeys>(n)) softmax.hide(scores, mine, own.prefix);
+    if constexpr (kBias) add_bias(scores, bias, mine, call.keys);
+    if (!own.whole<kKeys>(n)) hide(scores, softmax.ranges, mine, own.prefix);
     softmax.weigh(scores, scale);
-  };
-  const auto pack_weights = [&] {
-    UNROLL
-    for (int i = 0; i < kKeys / 16; ++i)
-      UNROLL
-      for (int c = 0; c < 4; ++c) weights[i][c] = pack<T>(scores[8 * i + 2 * c], scores[8 * i + 2 * c + 1]);
   };
 
   const int end = seen.end<kKeys>();
@@ -242,13 +155,13 @@ DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, 
     mbarrier_wait(&shared.q_full, 0);
     mbarrier_wait(&shared.k_full[0], 0);
     take_turn();
-    start_scores(0);
+    start_scores<T>(scores, shared.q[consumer], shared.k[0]);
     if (next < end || consumer < Tile::kConsumers - 1) pass_turn();
     wgmma_wait<0>();
     hold(scores);
     give_back(&shared.k_empty[0]);
     weigh(n);
-    pack_weights();
+    pack_left<T>(weights, scores);
     while (next < end) {
       n = next;
       next = seen.next<kKeys>(n);
@@ -256,9 +169,9 @@ DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, 
       ring.advance();
       mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
       take_turn();
-      start_scores(ring.stage);
+      start_scores<T>(scores, shared.q[consumer], shared.k[ring.stage]);
       mbarrier_wait(&shared.v_full[before.stage], before.parity);
-      start_out(before.stage);
+      start_sums<T>(out, weights, shared.v[before.stage]);
       if (next < end || consumer < Tile::kConsumers - 1) pass_turn();
       wgmma_wait<1>();
       hold(scores);
@@ -269,10 +182,10 @@ DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, 
       give_back(&shared.v_empty[before.stage]);
       UNROLL
       for (int i = 0; i < kDim / 2; ++i) out[i] *= softmax.factor[i / 2 % 2];
-      pack_weights();
+      pack_left<T>(weights, scores);
     }
     mbarrier_wait(&shared.v_full[ring.stage], ring.parity);
-    start_out(ring.stage);
+    start_sums<T>(out, weights, shared.v[ring.stage]);
     wgmma_wait<0>();
     hold(out);
   }
@@ -291,7 +204,7 @@ DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, 
   }
   // The queries are not needed any more, by any warp of this consumer.
   barrier_wait(1 + Tile::kConsumers + consumer, kWarpgroup);
-  store<T, kDim>(shared.q[consumer], out, call.out + call.q_start(b, head) + first * call.q_stride(), call.q_stride(), row,
+  store_rows<T, kDim>(shared.q[consumer], out, call.out + call.q_start(b, head) + first * call.q_stride(), call.q_stride(), row,
                  call.queries - first);
 }
 
@@ -332,14 +245,7 @@ template <class T>
 void attend_any(Args& args) {
   const auto call = Attention<T>::forward(args);
   auto* stream = static_cast<cudaStream_t>(args.stream());
-  args.require(call.dim == 64 || call.dim == 128, "q",
-               "its heads are neither 64 nor 128 wide; attention_forward takes any width up to 128");
-  const auto aligned = [&](const T* tensor, const char* name) {
-    args.require(reinterpret_cast<uintptr_t>(tensor) % 16 == 0, name, "it does not begin at a multiple of 16 bytes");
-  };
-  aligned(call.q, "q");
-  aligned(call.k, "k");
-  aligned(call.v, "v");
+  require_hopper_shapes(args, call);
   if (call.dim == 64)
     attend_with<T, 64>(call, stream);
   else

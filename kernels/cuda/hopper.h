@@ -123,6 +123,14 @@ DEVICE void copy_box(void* to, const TensorMap& map, int column, int head, int r
       : "memory");
 }
 
+/// `bytes` bytes to shared memory, addresses and number multiples of 16, counted at the barrier.
+DEVICE void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
 /// The map of `from` [batch, rows, heads, dim], 16-bit numbers at a multiple of 16 bytes, dim a multiple of 64, in boxes of
 /// one head, 64 columns and box_rows rows.
 inline TensorMap tensor_map(const void* from, int batch, int rows, int heads, int dim, int box_rows) {

@@ -180,6 +180,17 @@ inline void copy_box(void* to, const TensorMap& map, int column, int head, int r
   });
 }
 
+inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  emulator::check_shared("a bulk copy", to, static_cast<size_t>(bytes), 16);
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a bulk copy: not multiples of 16");
+  std::memset(to, 0xff, static_cast<size_t>(bytes));
+  emulator::later([to, from, bytes, &state = mbarrier_at(barrier)] {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+    state.bytes -= bytes;
+    state.advance();
+  });
+}
+
 // ---- registers from one warpgroup to another: nothing moves, all 128 threads must come
 
 template <int kRegisters>
