@@ -132,6 +132,22 @@ def test_against_fp64(emulator, name, dtype):
     np.testing.assert_array_equal(case.paged(emulator, page, q, k, v, bias), found)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_any_sizes(emulator, seed):
+    rng = np.random.default_rng(seed)
+    dtype, kv_heads, tokens = list(TOLERANCE)[seed % 3], rng.integers(1, 4), rng.integers(1, 12)
+    length, page, dim = rng.integers(tokens, 420), rng.integers(1, 40), rng.choice([1, 12, 64, 80, 101, 128])
+    starts = tuple(rng.integers(0, length, rng.integers(1, 4)).tolist())
+    case = Case(tokens, length, kv_heads * rng.integers(1, 9), kv_heads, dim, starts,
+                rng.choice(["none", "shared", "rows"]), spare=-length % page)
+    *arrays, bias = case.tensors(seed)
+    q, k, v = in_dtype(dtype, *arrays)
+    emulator.seed(seed)
+    found = case.cached(emulator, q, k, v, bias)
+    assert relative(found, case.wanted(*map(unstored, (q, k, v)), bias)) < TOLERANCE[dtype]
+    np.testing.assert_array_equal(case.paged(emulator, page, q, k, v, bias, seed), found)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_order_of_threads_changes_no_bit(emulator, dtype):
     case = Case(3, 400, 4, 2, 128, starts=(0, 60), bias="shared")
