@@ -17,6 +17,7 @@ OWN = {  # side -> names of its kernels
     "rows": ("attention_rows_forward", None),
 }
 TORCH = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}  # of SDPBackend
+HOPPER_DIMS = (64, 128)
 BLOCK = 0.01  # seconds of work that one measurement is the mean of
 EXACT_ROWS = 2048  # query rows that attention in fp64 deals with at a time
 
@@ -121,11 +122,11 @@ def ranges_of(lengths: list[int], causal: bool) -> Any:
 
 
 def own_side(kernels: TorchKernels, side: str, ranges: Any, q: Any, k: Any, v: Any, dout: Any) -> Side | None:
-    """Our kernels of that name; None where the library has none."""
+    """Our kernels of that name; None where the library has none, or they do not take the width."""
     import torch
 
     forward_name, backward_name = OWN[side]
-    if not kernels.has(forward_name):
+    if not kernels.has(forward_name) or side == "hopper" and q.shape[-1] not in HOPPER_DIMS:
         return None
     inputs = [q, k, v, ranges.cuda(), torch.zeros(1, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")]
     out = torch.empty_like(q)
