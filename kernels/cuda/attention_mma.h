@@ -176,6 +176,16 @@ DEVICE void clear(Sums<kDown, kAcross>& sums) {
       for (int e = 0; e < 4; ++e) sums[i][j][e] = 0;
 }
 
+template <int kDown, int kAcross>
+DEVICE void scale_all(Sums<kDown, kAcross>& sums, float factor) {
+  UNROLL
+  for (int i = 0; i < kDown; ++i)
+    UNROLL
+    for (int j = 0; j < kAcross; ++j)
+      UNROLL
+      for (int e = 0; e < 4; ++e) sums[i][j][e] *= factor;
+}
+
 /// Sums that begin with a number for each column.
 template <int kDown, int kAcross>
 DEVICE void begin_with(Sums<kDown, kAcross>& sums, const float* columns) {
@@ -188,6 +198,27 @@ DEVICE void begin_with(Sums<kDown, kAcross>& sums, const float* columns) {
       sums[i][j][1] = sums[i][j][3] = two.y;
     }
   }
+}
+
+/// Scores of keys that a query does not see become kUnseen; `query` and `key` are the lane's first.
+template <class T, int kDown, int kAcross>
+DEVICE void hide(Sums<kDown, kAcross>& scores, const Attention<T>& call, int b, int query, int key, int prefix) {
+  query = fresh(query);
+  UNROLL
+  for (int i = 0; i < kDown; ++i)
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = query + i * 16 + half * 8;
+      const int2 range = row < call.queries ? call.range(b, row) : make_int2(0, 0);
+      UNROLL
+      for (int j = 0; j < kAcross; ++j)
+        UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int column = key + 8 * j + e;
+          const bool sees = column < prefix || (range.x <= column && column < range.y);
+          if (!sees) scores[i][j][2 * half + e] = kUnseen;
+        }
+    }
 }
 
 /// Attention on the tensor cores; T is bf16 or fp16. Scores, sums and softmax are fp32.

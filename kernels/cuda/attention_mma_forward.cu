@@ -34,27 +34,6 @@ struct Shared {
   Seen seen;
 };
 
-/// Scores of keys that a query does not see become kUnseen. The lane's first row and column are `query` and `key`.
-template <class T, int kTiles>
-DEVICE void hide(Sums<kTiles, kKeys / 8>& scores, const Attention<T>& call, int b, int query, int key, int prefix) {
-  query = fresh(query);
-  UNROLL
-  for (int i = 0; i < kTiles; ++i)
-    UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = query + i * 16 + half * 8;
-      const int2 range = row < call.queries ? call.range(b, row) : make_int2(0, 0);
-      UNROLL
-      for (int j = 0; j < kKeys / 8; ++j)
-        UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int column = key + 8 * j + e;
-          const bool sees = column < prefix || (range.x <= column && column < range.y);
-          if (!sees) scores[i][j][2 * half + e] = kUnseen;
-        }
-    }
-}
-
 /// What a lane knows of its queries' softmax: the largest score so far, and its own share of the sum of weights.
 template <int kTiles>
 struct Softmax {
@@ -180,7 +159,7 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, kDim * kTiles <= 64 ? 3 : 2) attend(
     else
       Tile::add_row_products(scores, my_q, left_lane, shared.k[buffer], right_lane);
     if (!seen.whole<kKeys>(n))
-      hide<T, kTiles>(scores, call, b, first + warp_row + lane / 4, n * kKeys + lane % 4 * 2, seen.prefix);
+      hide(scores, call, b, first + warp_row + lane / 4, n * kKeys + lane % 4 * 2, seen.prefix);
     softmax.add(scores, out, scale);
     copy_async_wait<1>();  // all but the next keys
     __syncthreads();

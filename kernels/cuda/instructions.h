@@ -64,6 +64,10 @@ DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x,
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+/// Bit i: what lane i says.
+DEVICE uint32_t vote(bool x) { return __ballot_sync(0xffffffffu, x); }
+/// Number of the lowest bit that is set; x is not 0.
+DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 
 /// Barrier `index` (1 .. 15) of `threads` threads: wait at it, or be counted and go on.
 DEVICE void barrier_wait(int index, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(index), "r"(threads) : "memory"); }

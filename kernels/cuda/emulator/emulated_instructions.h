@@ -93,6 +93,20 @@ inline bool any_lane(bool x) {
   return x;
 }
 
+inline uint32_t vote(bool x) {
+  struct Lane {
+    bool give;
+    uint32_t get;
+  } mine{x, 0};
+  emulator::in_warp("vote", &mine, [](void** lanes) {
+    uint32_t all = 0;
+    for (int i = 0; i < emulator::kWarp; ++i) all |= static_cast<uint32_t>(static_cast<Lane*>(lanes[i])->give) << i;
+    for (int i = 0; i < emulator::kWarp; ++i) static_cast<Lane*>(lanes[i])->get = all;
+  });
+  return mine.get;
+}
+inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
+
 inline void barrier_wait(int index, int threads) { emulator::barrier(index, threads); }
 inline void barrier_arrive(int index, int threads) { emulator::barrier(index, threads, false); }
 
