@@ -187,6 +187,7 @@ KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
   int n = seen.begin<kBlock>();
   T::template copy<kVectors>(shared.dout, call.dout + call.q_start(b, head), call.q_stride(), block, call.queries, call.dim);
   T::template copy<kVectors>(shared.q, call.q + call.q_start(b, head), call.q_stride(), block, call.queries, call.dim);
+  copy_async_commit();  // of their own: there may be no value to fetch
   if (n < end) fetch_values(n);
   if (n < end) fetch_keys(n);
 

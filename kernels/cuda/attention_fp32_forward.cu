@@ -53,6 +53,7 @@ KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float sc
   int n = seen.begin<T::kKeys>();
   copy_rows<kDim, T::kRows, T::kStride, T::kThreads, kVectors>(shared.q[0], call.q + call.q_start(b, head),
                                                                call.q_stride(), first, call.queries, call.dim);
+  copy_async_commit();  // of their own: there may be no key to fetch
   if (n < end) fetch_keys(n);
   if (n < end) fetch_values(n);
 

@@ -127,6 +127,7 @@ def cases() -> dict[str, Case]:
         "left padding": Case(3, 50, 50, 2, 2, 64, causal_ranges(50, 50, kv_start=(0, 13, 49))),
         "right padding": Case(3, 50, 50, 2, 2, 64, causal_ranges(50, 50, kv_len=(50, 21, 1))),
         "queries that see nothing": Case(2, 5, 9, 2, 1, 32, some_blind),
+        "a row that sees nothing": Case(2, 20, 20, 2, 1, 64, causal_ranges(20, 20, kv_start=(20, 3))),
         "prefix": Case(2, 40, 45, 2, 2, 64, prefixed, prefix=5),
         "only the prefix": Case(1, 5, 9, 2, 2, 32, np.full((1, 5, 2), 4, np.int32), prefix=4),
         "prefix inside the range": Case(1, 20, 30, 2, 2, 32, full_ranges(20, 30), prefix=6),
