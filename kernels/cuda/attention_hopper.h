@@ -1,7 +1,8 @@
-// What the forward and the backward kernels for Hopper share: the ring of tiles, and scores of a warpgroup in registers.
+// What the forward and the backward kernels for Hopper share: the ring of tiles, and scores of a warpgroup in
+// registers.
 //
-// A thread of a warpgroup has two rows of a tile of 64, 8 apart (j = 0 and 1), and of each the columns 8 i + 2 (lane % 4)
-// + e: numbers[4 i + 2 j + e] (multiply_async, hopper.h).
+// A thread of a warpgroup has two rows of a tile of 64, 8 apart (j = 0 and 1), and of each the columns 8 i + 2 (lane %
+// 4) + e: numbers[4 i + 2 j + e] (multiply_async, hopper.h).
 #pragma once
 
 #include "attention.h"
@@ -20,7 +21,7 @@ inline void require_aligned(const Args& args, const void* tensor, const char* na
 template <class T>
 void require_hopper_shapes(const Args& args, const Attention<T>& call) {
   args.require(call.dim == 64 || call.dim == 128, "q",
-               "its heads are neither 64 nor 128 wide; the kernels without hopper in their names take any width up to 128");
+               "its heads are neither 64 nor 128 wide; attention_forward and attention_backward take any up to 128");
   require_aligned(args, call.q, "q");
   require_aligned(args, call.k, "k");
   require_aligned(args, call.v, "v");
@@ -115,8 +116,8 @@ DEVICE void pack_left(uint32_t (&left)[kSteps][4], const float (&numbers)[kCount
     for (int c = 0; c < 4; ++c) left[i][c] = pack<T>(numbers[8 * i + 2 * c], numbers[8 * i + 2 * c + 1]);
 }
 
-/// The warp's 16 rows of 64, from `row` on, by way of its rows of `tile` so that 16 bytes go out at a time. Nobody reads
-/// the tile any more. `rows_left`: what is left of the tensor from the warpgroup's first row on.
+/// The warp's 16 rows of 64, from `row` on, by way of its rows of `tile` so that 16 bytes go out at a time. Nobody
+/// reads the tile any more. `rows_left`: what is left of the tensor from the warpgroup's first row on.
 template <class T, int kDim>
 DEVICE void store_rows(uint16_t (*tile)[kTileRows][kSwizzledColumns], const float (&numbers)[kDim / 2], T* to,
                        int64_t stride, int row, int rows_left) {

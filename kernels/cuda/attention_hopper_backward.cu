@@ -4,12 +4,12 @@
 //
 // As with the forward, attention_backward does not call it before a GPU has run it.
 //
-// With P the weights and dP = dout v^T: dS = P (dP - delta), delta the row's sum of out * dout; dv = P^T dout,
-// dk = dS^T q / sqrt(D), dq = dS k / sqrt(D). Three kernels, no atomics, so the same bits every time: the first prepares
-// delta and what is read by tiles of queries; one takes blocks of keys and sums over queries (attention_hopper_backward_
-// keys.cu); one takes blocks of queries and sums over keys (.._queries.cu). The scores are computed in both, seven
-// products in place of five, which saves dq's sums across blocks of keys: fp32 numbers [S x D] through memory for every
-// block of keys, and an order among the blocks to keep the sums deterministic.
+// With P the weights and dP = dout v^T: dS = P (dP - delta), delta the row's sum of out * dout; dv = P^T dout, dk =
+// dS^T q / sqrt(D), dq = dS k / sqrt(D). Three kernels, no atomics, so the same bits every time: the first prepares
+// delta and what is read by tiles of queries; one takes blocks of keys and sums over queries (.._keys.cu); one takes
+// blocks of queries and sums over keys (.._queries.cu). The scores are computed in both, seven products in place of
+// five, which saves dq's sums across blocks of keys: fp32 numbers [S x D] through memory for every block of keys, and
+// an order among the blocks to keep the sums deterministic.
 #include "attention_hopper_backward.h"
 
 namespace run_llm {
@@ -45,7 +45,8 @@ KERNEL_FUNCTION __launch_bounds__(128) prepare(Attention<T> call, Prepared to) {
         query < call.queries ? call.range(b, query) : make_int2(0, 0);
   }
   if (lane == 0)
-    to.tiles[static_cast<int64_t>(b) * to.tiles_count + tile] = make_int4(seen.some.x, seen.some.y, seen.all.x, seen.all.y);
+    to.tiles[static_cast<int64_t>(b) * to.tiles_count + tile] =
+        make_int4(seen.some.x, seen.some.y, seen.all.x, seen.all.y);
 }
 
 template <class T>

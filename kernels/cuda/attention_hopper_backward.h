@@ -9,7 +9,7 @@ namespace run_llm {
 struct Prepared {
   int padded, tiles_count;  // queries, and tiles of 64 of them
   bool ranges_shared;       // by all batch rows
-  float2* rows;             // [B, H, padded] lse for exponentials of base 2 (infinity behind the end), sum of out * dout
+  float2* rows;             // [B, H, padded] lse of base 2 (infinity behind the end), sum of out * dout
   int2* ranges;             // [R, padded] cut to the keys, (0, 0) behind the end
   int4* tiles;              // [R, padded / 64] Seen's some and all
 

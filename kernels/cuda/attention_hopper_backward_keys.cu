@@ -81,7 +81,8 @@ DEVICE void produce(KeyTiles<kDim>& shared, const Attention<T>& call, const Prep
                                          sizeof shared.ranges[0]);
         copy_tile(shared.q[stage], maps.q, head, m * kTileRows, b, full);
         copy_tile(shared.dout[stage], maps.dout, head, m * kTileRows, b, full);
-        copy_bytes(shared.rows[stage], prepared.rows_of(b, head, call.heads) + m * kTileRows, sizeof shared.rows[0], full);
+        const float2* rows = prepared.rows_of(b, head, call.heads) + m * kTileRows;
+        copy_bytes(shared.rows[stage], rows, sizeof shared.rows[0], full);
         copy_bytes(shared.ranges[stage], ranges + m * kTileRows, sizeof shared.ranges[0], full);
       }
       ring.advance();
@@ -95,8 +96,8 @@ DEVICE void produce(KeyTiles<kDim>& shared, const Attention<T>& call, const Prep
 
 /// Products k q^T of the thread's keys, `key` and `key` + 8, with the tile's queries to weights, in place.
 template <bool kBias>
-DEVICE void weigh(float (&scores)[kTileRows / 2], const float4* rows, const int4* ranges, bool whole, int key, int prefix,
-                  const float* bias, int keys, float scale) {
+DEVICE void weigh(float (&scores)[kTileRows / 2], const float4* rows, const int4* ranges, bool whole, int key,
+                  int prefix, const float* bias, int keys, float scale) {
   const int pair = static_cast<int>(threadIdx.x) % 4;
   float added[2] = {0, 0};
   if constexpr (kBias)

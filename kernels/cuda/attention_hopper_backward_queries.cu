@@ -38,7 +38,8 @@ struct QueryMaps {
 
 /// One thread: start all copies of the block.
 template <class T, int kDim>
-DEVICE void produce(QueryTiles<kDim>& shared, const Attention<T>& call, const QueryMaps& maps, const Seen& seen, int first) {
+DEVICE void produce(QueryTiles<kDim>& shared, const Attention<T>& call, const QueryMaps& maps, const Seen& seen,
+                    int first) {
   using Tile = QueryTiles<kDim>;
   const int head = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z), kv = call.kv_head(head);
   const int end = seen.end<Tile::kKeys>();
@@ -116,8 +117,8 @@ DEVICE void consume(QueryTiles<kDim>& shared, const Attention<T>& call, const Pr
   UNROLL
   for (int i = 0; i < kDim / 2; ++i) dq[i] *= scale;
   barrier_wait(1 + consumer, kWarpgroup);  // no warp of this consumer needs its queries any more
-  store_rows<T, kDim>(shared.q[consumer], dq, call.dq + call.q_start(b, head) + first * call.q_stride(), call.q_stride(), row,
-                      call.queries - first);
+  const int64_t start = call.q_start(b, head) + first * call.q_stride();
+  store_rows<T, kDim>(shared.q[consumer], dq, call.dq + start, call.q_stride(), row, call.queries - first);
 }
 
 template <class T, int kDim, bool kBias>
@@ -148,7 +149,8 @@ void sum_with(const Attention<T>& call, const Prepared& prepared, cudaStream_t s
   const auto map = [&](const T* from, int rows, int heads, int box_rows) {
     return tensor_map(from, call.batch, rows, heads, kDim, box_rows);
   };
-  const QueryMaps maps{map(call.q, call.queries, call.heads, kTileRows), map(call.k, call.keys, call.kv_heads, Tile::kKeys),
+  const QueryMaps maps{map(call.q, call.queries, call.heads, kTileRows),
+                       map(call.k, call.keys, call.kv_heads, Tile::kKeys),
                        map(call.v, call.keys, call.kv_heads, Tile::kKeys),
                        map(call.dout, call.queries, call.heads, kTileRows)};
   const dim3 blocks((call.queries + Tile::kQueries - 1) / Tile::kQueries, call.heads, call.batch);

@@ -2,8 +2,8 @@
 //
 //   attention_hopper_forward(q, k, v, ranges, bias, prefix) -> out, lse     as attention_forward (attention.h)
 //
-// attention_forward does not call it: it has run in the emulator and through ptxas only. What the first run on a GPU has
-// to confirm stands in emulator/emulated_hopper.h; until it has, this is an operator of its own.
+// attention_forward does not call it: it has run in the emulator and through ptxas only. What the first run on a GPU
+// has to confirm stands in emulator/emulated_hopper.h; until it has, this is an operator of its own.
 //
 // A block has three warpgroups. The first, the producer, lets one thread start the bulk copies: the queries once, then
 // keys and values block by block into a ring of kStages tiles, each as soon as both consumers have given it back. It
@@ -12,8 +12,8 @@
 // with equal shares would get, and a third consumer would leave each only 160.
 //
 // Two things overlap with the tensor cores' work, since exponentials are slow (a hundredth of the rate of products):
-// * between the consumers: they take turns at starting products (named barriers), so that one computes its softmax while
-//   the other's products run;
+// * between the consumers: they take turns at starting products (named barriers), so that one computes its softmax
+//   while the other's products run;
 // * within one: the scores of the next block are started before the weights of this one meet the values, and their
 //   softmax runs while these products do.
 #include "attention_hopper.h"
@@ -81,8 +81,8 @@ DEVICE void produce(Tiles<kDim>& shared, const Attention<T>& call, const TensorM
   }
 }
 
-/// A consumer's scores, from products to weights. A thread has two rows of the 64, j = 0 and 1, 8 apart, and of each the
-/// columns 8 i + 2 (lane % 4) + e: scores[4 i + 2 j + e].
+/// A consumer's scores, from products to weights. A thread has two rows of the 64, j = 0 and 1, 8 apart, and of each
+/// the columns 8 i + 2 (lane % 4) + e: scores[4 i + 2 j + e].
 template <int kKeys>
 struct Softmax {
   float largest[2] = {kHidden, kHidden}, sum[2] = {0, 0}, factor[2];
@@ -204,8 +204,8 @@ DEVICE void consume(Tiles<kDim>& shared, const Attention<T>& call, float scale, 
   }
   // The queries are not needed any more, by any warp of this consumer.
   barrier_wait(1 + Tile::kConsumers + consumer, kWarpgroup);
-  store_rows<T, kDim>(shared.q[consumer], out, call.out + call.q_start(b, head) + first * call.q_stride(), call.q_stride(), row,
-                 call.queries - first);
+  const int64_t start = call.q_start(b, head) + first * call.q_stride();
+  store_rows<T, kDim>(shared.q[consumer], out, call.out + start, call.q_stride(), row, call.queries - first);
 }
 
 template <class T, int kDim, bool kBias>

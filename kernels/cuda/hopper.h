@@ -1,15 +1,15 @@
-// What compute capability 9.0 (Hopper, sm_90a) adds to instructions.h: barriers in shared memory, bulk copies of boxes of
-// a tensor (TMA), matrix products of a warpgroup (wgmma), registers that move from one warpgroup to another. One function
-// an instruction, in PTX; emulator/emulated_hopper.h has the same functions for the emulator.
+// What compute capability 9.0 (Hopper, sm_90a) adds to instructions.h: barriers in shared memory, bulk copies of boxes
+// of a tensor (TMA), matrix products of a warpgroup (wgmma), registers that move from one warpgroup to another. One
+// function an instruction, in PTX; emulator/emulated_hopper.h has the same functions for the emulator.
 //
-// A warpgroup is four warps in a row whose first has a number divisible by four; its 128 threads call the functions that
-// say so together.
+// A warpgroup is four warps in a row whose first has a number divisible by four; its 128 threads call the functions
+// that say so together.
 //
 // The 128-byte swizzle. Tiles lie in shared memory as rows of 64 numbers of 16 bits, 128 bytes, one behind the other,
-// from an address divisible by 1024. Of the address that a number would so have, bits 4-6 (which 16 bytes of the row) are
-// XORed with bits 7-9 (which row of eight): the same 16 bytes of eight rows lie in eight different groups of banks. A
-// copy of a box writes so, wgmma reads so; both apply the formula to the final address. Wider tiles (D 128) are several
-// such, side by side: the first 64 columns of all rows, then the next 64.
+// from an address divisible by 1024. Of the address that a number would so have, bits 4-6 (which 16 bytes of the row)
+// are XORed with bits 7-9 (which row of eight): the same 16 bytes of eight rows lie in eight different groups of banks.
+// A copy of a box writes so, wgmma reads so; both apply the formula to the final address. Wider tiles (D 128) are
+// several such, side by side: the first 64 columns of all rows, then the next 64.
 #pragma once
 
 #include <type_traits>
@@ -29,8 +29,8 @@ constexpr int kSwizzledColumns = kSwizzledRow / 2;
 
 // ---- matrix descriptors
 //
-// Where wgmma finds an operand in shared memory (PTX ISA, "Matrix Descriptor Format"; offsets and the address in units of
-// 16 bytes, of the address's lower 18 bits):
+// Where wgmma finds an operand in shared memory (PTX ISA, "Matrix Descriptor Format"; offsets and the address in units
+// of 16 bytes, of the address's lower 18 bits):
 //
 //   bits  0-13  start address
 //   bits 16-29  leading dimension byte offset (LBO)
@@ -42,10 +42,11 @@ constexpr int kSwizzledColumns = kSwizzledRow / 2;
 // with T = 8 numbers of 16 bits in 16 bytes: K-major ((8,m),(T,2k)):((8T,SBO),(1,T)), MN-major
 // ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO))):
 //
-// * K-major (Q and K in Q K^T: a row is a query or a key, its numbers run along the sum): an atom is 8 rows of the matrix
-//   by 64 of k. SBO leads from 8 rows to the next 8: 1024, as rows are packed. LBO is not used (1). One instruction takes
-//   16 of k, 32 bytes of each row: the next 16 begin 32 bytes on, within the row, and since the swizzle takes bits 7-9
-//   of the final address, which 32 bytes do not change, the start address may simply move; after 64 the next 64 columns.
+// * K-major (Q and K in Q K^T: a row is a query or a key, its numbers run along the sum): an atom is 8 rows of the
+//   matrix by 64 of k. SBO leads from 8 rows to the next 8: 1024, as rows are packed. LBO is not used (1). One
+//   instruction takes 16 of k, 32 bytes of each row: the next 16 begin 32 bytes on, within the row, and since the
+//   swizzle takes bits 7-9 of the final address, which 32 bytes do not change, the start address may simply move; after
+//   64 the next 64 columns.
 // * MN-major (V in P V: a row is a key, along the sum, and its numbers run along N): an atom is 64 of N by 8 of k. SBO
 //   leads from 8 of k (keys) to the next 8: 1024. LBO leads from 64 of N to the next 64: the bytes of 64 columns of all
 //   rows of the tile. One instruction takes 16 keys: the next 16 begin 2048 bytes on.
@@ -76,10 +77,13 @@ namespace run_llm {
 DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
+/// What this thread has written to shared memory is seen by bulk copies and wgmma that come after (behind a barrier, if
+/// another thread starts them).
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /// The barriers that this thread has made can be used by bulk copies; by other threads after a __syncthreads().
 DEVICE void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_async();
 }
 DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -101,24 +105,17 @@ DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
 }
-/// What this thread has written to shared memory is seen by bulk copies and wgmma that come after (behind a barrier, if
-/// another thread issues them).
-DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- bulk copies of boxes
 
 using TensorMap = CUtensorMap;
 
-DEVICE void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-/// The box of `map` at these coordinates to `to` (a multiple of 1024), swizzled; zeros for what lies outside the tensor.
-/// Its bytes, all of them, are counted at the barrier when they have landed.
+/// The box of `map` at these coordinates to `to` (a multiple of 1024), swizzled; zeros for what lies outside the
+/// tensor. Its bytes, all of them, are counted at the barrier when they have landed.
 DEVICE void copy_box(void* to, const TensorMap& map, int column, int head, int row, int batch, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
       "l"(&map), "r"(column), "r"(head), "r"(row), "r"(batch), "r"(shared_address(barrier))
       : "memory");
 }
@@ -131,8 +128,8 @@ DEVICE void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier)
                : "memory");
 }
 
-/// The map of `from` [batch, rows, heads, dim], 16-bit numbers at a multiple of 16 bytes, dim a multiple of 64, in boxes of
-/// one head, 64 columns and box_rows rows.
+/// The map of `from` [batch, rows, heads, dim], 16-bit numbers at a multiple of 16 bytes, dim a multiple of 64, in
+/// boxes of one head, 64 columns and box_rows rows.
 inline TensorMap tensor_map(const void* from, int batch, int rows, int heads, int dim, int box_rows) {
   // Through the runtime, so that the library needs no libcuda where there is no driver.
   void* entry = nullptr;
@@ -153,7 +150,7 @@ inline TensorMap tensor_map(const void* from, int batch, int rows, int heads, in
       &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(from), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (code != CUDA_SUCCESS) throw std::runtime_error("a tensor map: CUDA error " + std::to_string(static_cast<int>(code)));
+  if (code != CUDA_SUCCESS) throw std::runtime_error("a tensor map: error " + std::to_string(static_cast<int>(code)));
   return map;
 }
 
@@ -172,8 +169,8 @@ DEVICE void increase_registers() {
 
 // ---- products of a warpgroup
 //
-// Asynchronous: operands and sums are the tensor cores' from multiply_async() until the wait for its group. Registers that
-// have been written otherwise (sums, or a left operand) are handed over by wgmma_fence().
+// Asynchronous: operands and sums are the tensor cores' from multiply_async() until the wait for its group. Registers
+// that have been written otherwise (sums, or a left operand) are handed over by wgmma_fence().
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -240,13 +237,17 @@ template <class T, int kN, bool kTransposed>
 DEVICE void multiply_async(float (&sum)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   constexpr bool kBrain = std::is_same_v<T, bf16>;
   if constexpr (kN == 64 && kBrain)
-    RUN_LLM_REGISTER_LEFT("64", "bf16", RUN_LLM_NAMES_32, RUN_LLM_SUMS_32(0), "%32, %33, %34, %35", "%36", "%37", "%38");
+    RUN_LLM_REGISTER_LEFT("64", "bf16", RUN_LLM_NAMES_32, RUN_LLM_SUMS_32(0), "%32, %33, %34, %35",
+                          "%36", "%37", "%38");
   else if constexpr (kN == 64)
-    RUN_LLM_REGISTER_LEFT("64", "f16", RUN_LLM_NAMES_32, RUN_LLM_SUMS_32(0), "%32, %33, %34, %35", "%36", "%37", "%38");
+    RUN_LLM_REGISTER_LEFT("64", "f16", RUN_LLM_NAMES_32, RUN_LLM_SUMS_32(0), "%32, %33, %34, %35",
+                          "%36", "%37", "%38");
   else if constexpr (kBrain)
-    RUN_LLM_REGISTER_LEFT("128", "bf16", RUN_LLM_NAMES_64, RUN_LLM_SUMS_64(0), "%64, %65, %66, %67", "%68", "%69", "%70");
+    RUN_LLM_REGISTER_LEFT("128", "bf16", RUN_LLM_NAMES_64, RUN_LLM_SUMS_64(0), "%64, %65, %66, %67",
+                          "%68", "%69", "%70");
   else
-    RUN_LLM_REGISTER_LEFT("128", "f16", RUN_LLM_NAMES_64, RUN_LLM_SUMS_64(0), "%64, %65, %66, %67", "%68", "%69", "%70");
+    RUN_LLM_REGISTER_LEFT("128", "f16", RUN_LLM_NAMES_64, RUN_LLM_SUMS_64(0), "%64, %65, %66, %67",
+                          "%68", "%69", "%70");
 }
 
 #undef RUN_LLM_NAMES_32

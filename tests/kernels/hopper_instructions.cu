@@ -40,7 +40,8 @@ struct Operands {
 /// to [64 x kN] = left right, on top of what is there; with kRegisters the left operand goes through registers.
 template <class T, int kN, bool kTransposed, bool kRegisters>
 KERNEL_FUNCTION __launch_bounds__(128)
-    multiply_one(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right, const T* numbers, float* to) {
+    multiply_one(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right, const T* numbers,
+                 float* to) {
   using Shared = Operands<kN, kTransposed>;
   Shared& shared = *shared_memory<Shared>();
   const int thread = static_cast<int>(threadIdx.x), row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
@@ -93,7 +94,8 @@ void multiply_any(Args& args) {
   const T* right = args.input<T>("right", "R C");
   auto* to = args.output<float>("to", "64 N");
   args.done();
-  launch(multiply_one<T, kN, kTransposed, kRegisters>, dim3(1), 128, sizeof(Shared), static_cast<cudaStream_t>(args.stream()),
+  auto* stream = static_cast<cudaStream_t>(args.stream());
+  launch(multiply_one<T, kN, kTransposed, kRegisters>, dim3(1), 128, sizeof(Shared), stream,
          tensor_map(left, 1, kRows, 1, kDepth, kRows),
          tensor_map(right, 1, Shared::kRightRows, 1, Shared::kRightColumns, Shared::kRightRows), left, to);
 }

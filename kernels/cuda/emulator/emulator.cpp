@@ -185,7 +185,7 @@ void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
   barriers_.assign(kBarriers, {});  // some may have been left half full
   const Running while_it_runs(this);
   state.reset();
-  const unsigned patience = 1u << random() % 12;  // turns of threads from one event to the next
+  const unsigned patience = 1u << random() % 16;  // turns of threads from one event to the next
   while (!ready_.empty() || !events_.empty()) {
     if (!events_.empty() && (ready_.empty() || random() % patience == 0)) {
       carry_out_event(random() % static_cast<unsigned>(events_.size()));
