@@ -1,6 +1,6 @@
 # make demo     set up, then: corpus, tokenizer, pretraining, perplexity, fine-tuning, an answer (10 minutes)
 # make test     set up, then the tests; those that compare with torch run where `make parity` has installed it
-# make test-matrix   set up, then training in every layout, for two families and three tunings (half an hour)
+# make test-matrix   set up, then training in every layout, for two families and three tunings (an hour)
 # make parity   torch, transformers and peft into .venv: the oracles of tests and benchmarks
 # make mindformers   MindFormers 1.9.0 into .venv-mindformers, and the tests of the bridge there
 # make bench    every benchmark against its peer; one line a figure at the end

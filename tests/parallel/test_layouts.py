@@ -65,7 +65,7 @@ def test_a_covering_set_of_layouts_gives_one_processes_numbers(tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.skipif("RUN_MATRIX" not in os.environ, reason="half an hour: make test-matrix")
+@pytest.mark.skipif("RUN_MATRIX" not in os.environ, reason="an hour: make test-matrix")
 def test_every_layout_family_and_tuning_gives_one_processes_numbers(tmp_path):
     found = run_all(tmp_path, MATRIX)
     RESULT.write_text(json.dumps({name: what or "equal" for name, what in sorted(found.items())}, indent=1) + "\n")
