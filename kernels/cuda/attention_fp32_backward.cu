@@ -96,6 +96,7 @@ KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
 
   T::template copy<kVectors>(shared.k, call.k + call.k_start(b, kv), call.k_stride(), n, call.keys, call.dim);
   T::template copy<kVectors>(shared.v, call.v + call.k_start(b, kv), call.k_stride(), n, call.keys, call.dim);
+  copy_async_commit();  // of their own: there may be no query to fetch
   if (!step.done()) fetch_dout();
   if (!step.done()) fetch_queries();
   typename T::Sums dk, dv;
