@@ -15,7 +15,8 @@
 // * between the consumers: they take turns at starting products (named barriers), so that one computes its softmax
 //   while the other's products run;
 // * within one: the scores of the next block are started before the weights of this one meet the values, and their
-//   softmax runs while these products do.
+//   softmax may run while these products do. ptxas 13.0 makes little of it: it moves the wait for these products up to
+//   the maxima, before the exponentials. To be measured, and ordered otherwise if it costs, on a GPU.
 #include "attention_hopper.h"
 
 namespace run_llm {
