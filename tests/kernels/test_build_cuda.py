@@ -153,6 +153,14 @@ def test_hoppers_sources_are_compiled_for_hopper_alone(tree):
     assert codes("simple.cu") == ["sm_80", "sm_90a"] and codes("its_hopper.cu") == ["sm_90a"]
 
 
+@pytest.mark.parametrize(("value", "debug"), [("1", True), ("0", False), ("", False)])
+def test_a_variable_asks_for_libraries_to_debug(monkeypatch, value, debug):
+    monkeypatch.setenv("CUDA_DEBUG", value)
+    emulator, cuda = build.emulator_target(), nvcc.cuda_target(("80",))
+    assert (emulator.name, cuda.name) == (("emulator_debug", "cuda_80_debug") if debug else ("emulator", "cuda_80"))
+    assert ("-O0" in emulator.flags, "-O0" in cuda.flags, "-G" in cuda.flags) == (debug,) * 3
+
+
 def test_a_shipped_library_serves_the_gpus_that_it_was_made_for(program, tmp_path, monkeypatch):
     target = nvcc.cuda_target(("80", "90a"))
     shipped = tmp_path / f"libkernels_cuda_80_90a-{Sources.read(*target.folders).digest(target)}.so"
