@@ -11,7 +11,7 @@
 // (64 x 128), its output (64 x D) and the weights in registers, a thread needs more than the 168 that three warpgroups
 // with equal shares would get, and a third consumer would leave each only 160.
 //
-// Two things overlap with the tensor cores' work, since exponentials are slow (a hundredth of the rate of products):
+// Two things overlap with the tensor cores' work, since exponentials are slow (a 256th of the products' rate):
 // * between the consumers: they take turns at starting products (named barriers), so that one computes its softmax
 //   while the other's products run;
 // * within one: the scores of the next block are started before the weights of this one meet the values, and their

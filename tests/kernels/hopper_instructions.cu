@@ -11,15 +11,15 @@ struct Box {
   uint64_t full;
 };
 
-/// The box at four coordinates, as its bytes lie in shared memory.
-template <class T>
+/// The box at four coordinates, as its bytes lie in shared memory. kMore: bytes awaited beside the box's.
+template <class T, int kMore>
 KERNEL_FUNCTION __launch_bounds__(128) copy_one(const __grid_constant__ TensorMap map, const int* at, T* to) {
   Box& shared = *shared_memory<Box>();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     mbarrier_init(&shared.full, 1);
     mbarrier_init_fence();
-    mbarrier_arrive_expect(&shared.full, sizeof shared.numbers);
+    mbarrier_arrive_expect(&shared.full, sizeof shared.numbers + kMore);
     copy_box(shared.numbers, map, at[0], at[1], at[2], at[3], &shared.full);
   }
   __syncthreads();
@@ -87,6 +87,16 @@ KERNEL_FUNCTION __launch_bounds__(128)
   for (int i = 0; i < kN / 2; ++i) to[(row + i / 2 % 2 * 8) * kN + i / 4 * 8 + column + i % 2] = sum[i];
 }
 
+template <int kMore>
+void copy_any(Args& args) {
+  const auto* x = args.input<bf16>("x", "B R H D");
+  const auto* at = args.input<int32_t>("at", "4");
+  auto* to = args.output<bf16>("to", "32 64");
+  const auto size = [&](const char* name) { return static_cast<int>(args.size(name)); };
+  launch(copy_one<bf16, kMore>, dim3(1), 128, sizeof(Box), static_cast<cudaStream_t>(args.stream()),
+         tensor_map(x, size("B"), size("R"), size("H"), size("D"), kBoxRows), at, to);
+}
+
 template <class T, int kN, bool kTransposed, bool kRegisters>
 void multiply_any(Args& args) {
   using Shared = Operands<kN, kTransposed>;
@@ -105,14 +115,8 @@ void multiply_any(Args& args) {
 
 using namespace run_llm;
 
-KERNEL(copy_one_box) {
-  const auto* x = args.input<bf16>("x", "B R H D");
-  const auto* at = args.input<int32_t>("at", "4");
-  auto* to = args.output<bf16>("to", "32 64");
-  const auto size = [&](const char* name) { return static_cast<int>(args.size(name)); };
-  launch(copy_one<bf16>, dim3(1), 128, sizeof(Box), static_cast<cudaStream_t>(args.stream()),
-         tensor_map(x, size("B"), size("R"), size("H"), size("D"), kBoxRows), at, to);
-}
+KERNEL(copy_one_box) { copy_any<0>(args); }
+KERNEL(copy_one_box_of_more_bytes) { copy_any<16>(args); }
 KERNEL(k_major_64) { multiply_any<bf16, 64, false, false>(args); }
 KERNEL(k_major_128) { multiply_any<fp16, 128, false, false>(args); }
 KERNEL(mn_major_64) { multiply_any<fp16, 64, true, true>(args); }

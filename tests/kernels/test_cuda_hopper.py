@@ -54,6 +54,12 @@ def test_a_box_lands_swizzled_with_zeros_outside_the_tensor(instructions, at):
         np.testing.assert_array_equal(found, wanted.reshape(32, 64))
 
 
+def test_a_phase_that_awaits_more_bytes_than_come_is_found(instructions):
+    x, found = np.ones((1, 32, 1, 64), np.uint16), np.empty((32, 64), np.uint16)
+    with pytest.raises(KernelError, match="waits for ever: a barrier in shared memory"):
+        instructions.call("copy_one_box_of_more_bytes", BFloat16(x), np.zeros(4, np.int32), outputs=[BFloat16(found)])
+
+
 @pytest.mark.parametrize(("name", "dtype", "width", "transposed"), [
     ("k_major_64", "bfloat16", 64, False), ("k_major_128", "float16", 128, False),
     ("mn_major_64", "float16", 64, True), ("mn_major_128", "bfloat16", 128, True),
