@@ -1,4 +1,4 @@
-// Tiles of bf16 and fp16 numbers for the tensor cores: how they lie in shared memory, how they come there, and products.
+// Tiles of bf16 and fp16 numbers for the tensor cores: how they lie in shared memory, come there, and are multiplied.
 //
 // A tile is rows of kDim numbers, kDim 32, 64, 96 or 128: heads that are narrower get columns of zeros. The row is cut
 // into chunks of 16 bytes, what load_matrices reads of a row and copy_async_16 writes. load_matrices takes the same
@@ -36,7 +36,10 @@ struct Tile {
     return (offset ^ (32 * step & kMask)) + (32 * step & ~kMask);
   }
   /// The chunk that a lane points at for 16 rows x 16 columns: as the left factor, or transposed as the right one.
-  static DEVICE int left_lane() { return offset(static_cast<int>(threadIdx.x % 16), static_cast<int>(threadIdx.x / 16 % 2)); }
+  static DEVICE int left_lane() {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return offset(lane % 16, lane / 16);
+  }
   /// The same as the right factor, a row of the tile being a column of the product.
   static DEVICE int right_lane() {
     const int lane = static_cast<int>(threadIdx.x % 32);
@@ -186,12 +189,13 @@ DEVICE void scale_all(Sums<kDown, kAcross>& sums, float factor) {
       for (int e = 0; e < 4; ++e) sums[i][j][e] *= factor;
 }
 
-/// Sums that begin with a number for each column.
+/// Scores that begin with the bias of each column.
 template <int kDown, int kAcross>
-DEVICE void begin_with(Sums<kDown, kAcross>& sums, const float* columns) {
+DEVICE void begin_with(Sums<kDown, kAcross>& sums, const float* bias) {
   UNROLL
   for (int j = 0; j < kAcross; ++j) {
-    const float2 two = *reinterpret_cast<const float2*>(columns + 8 * j + threadIdx.x % 4 * 2);
+    const float2 both = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
+    const float2 two = make_float2(bias_term(both.x), bias_term(both.y));
     UNROLL
     for (int i = 0; i < kDown; ++i) {
       sums[i][j][0] = sums[i][j][2] = two.x;

@@ -1,10 +1,10 @@
 // FlashAttention-2, backward, in bf16 and fp16 on the tensor cores: what is done before the two big kernels.
 //
-// With p = softmax, dp = dout v^T and delta = sum(out * dout): ds = p (dp - delta), dv = p^T dout, dk = ds^T q, dq = ds k.
-// One kernel computes dk and dv, a block for some keys, which walks over the queries; another dq, a block for some
-// queries, which walks over the keys. Scores and dp are thus computed twice, seven products instead of five; in return
-// every sum is formed by one warp in one order, so that results are the same bit for bit, and dq, which else is summed up
-// in fp32 in global memory by atomics, is written once.
+// With p = softmax, dp = dout v^T and delta = sum(out * dout): ds = p (dp - delta), dv = p^T dout, dk = ds^T q,
+// dq = ds k. One kernel computes dk and dv, a block for some keys, which walks over the queries; another dq, a block
+// for some queries, which walks over the keys. Scores and dp are thus computed twice, seven products instead of five;
+// in return every sum is formed by one warp in one order, so that results are the same bit for bit, and dq, which else
+// is summed up in fp32 in global memory by atomics, is written once.
 #include "attention_mma_backward.h"
 
 #include "attention_mma_padding.h"
@@ -36,7 +36,8 @@ KERNEL_FUNCTION __launch_bounds__(kThreads) prepare_rows(Attention<T> call, floa
     for (int column = 8 * lane; column < call.dim; column += 8 * kRowLanes) {
       const uint4 out = *reinterpret_cast<const uint4*>(call.given_out + at + column);
       const uint4 dout = *reinterpret_cast<const uint4*>(call.dout + at + column);
-      sum += product<T>(out.x, dout.x) + product<T>(out.y, dout.y) + product<T>(out.z, dout.z) + product<T>(out.w, dout.w);
+      sum += product<T>(out.x, dout.x) + product<T>(out.y, dout.y);
+      sum += product<T>(out.z, dout.z) + product<T>(out.w, dout.w);
     }
   }
   UNROLL
@@ -67,8 +68,8 @@ void differentiate(const Attention<T>& call, float scale, cudaStream_t stream) {
   const Scratch<float> lse(rows, stream), delta(rows, stream);
   const Scratch<int2> ranges(static_cast<size_t>(range_rows) * queries, stream);
   const Scratch<int4> seen(static_cast<size_t>(range_rows) * blocks, stream);
-  launch(prepare_rows<T>, dim3(static_cast<unsigned>((rows * kRowLanes + kThreads - 1) / kThreads)), kThreads, 0, stream,
-         call, lse.get(), delta.get(), queries);
+  const auto row_blocks = static_cast<unsigned>((rows * kRowLanes + kThreads - 1) / kThreads);
+  launch(prepare_rows<T>, dim3(row_blocks), kThreads, 0, stream, call, lse.get(), delta.get(), queries);
   launch(prepare_ranges<T>, dim3(blocks, range_rows), 32, 0, stream, call, ranges.get(), seen.get());
   const Prepared prepared{queries, lse.get(), delta.get(), ranges.get(), seen.get()};
   attention_mma_dk_dv(call, prepared, scale, stream);

@@ -5,14 +5,15 @@
 // times queries: then weights and their gradients lie in registers as the left factors of dv = p^T dout and
 // dk = ds^T q want them, and warps exchange nothing.
 //
-// Why these sizes. A lane holds 16 x D / 32 sums of dk and as many of dv for each 16 keys of its warp: at D 128 and 96
-// a warp has 16 keys (128 registers), at D 64 and 32 it has 32, so that what load_matrices reads of q and dout serves two
-// products. The keys and values as left factors take D / 4 registers each for 16 keys. With scores and their gradients
+// Why these sizes. A lane holds D / 2 sums of dk and as many of dv for each 16 keys of its warp: at D 128 and 96 a warp
+// has 16 keys (128 registers at D 128), at D 64 and 32 it has 32, so that what load_matrices reads of q and dout serves
+// two products. Keys and values as left factors take D / 4 registers each for 16 keys. With scores and their gradients
 // for 16 queries at a time (4 registers for 16 keys x 8 queries, 16 or 32 in all) that makes 208 of 255 at D 128; at
-// D 64 the values (32) did not fit as well and are read again. 8 or 4 warps share 128 keys, so that q and dout are
-// fetched for 128 keys at a time: 128 x 64 x 4 products, 4096 clocks of an A100's tensor cores, for 32 KB at D 128.
-// Shared memory at D 128: 64 KB of keys and values and two stages of 34 KB, 132 KB: one block of 8 warps a
-// multiprocessor, as the registers have it; at D 64 67 KB, two blocks of 4 warps.
+// D 64 the values (32) do not fit as well and are read again. 8 or 4 warps share 128 keys, so that q and dout are
+// fetched for 128 keys at a time: 32 KB for four products of 128 x 64 x 128, 4096 clocks of an A100's tensor cores.
+// Shared memory at D 128: 64 KB of keys and values and two stages of 33.5 KB, 131 KB: one block of 8 warps a
+// multiprocessor, as the registers have it; at D 64 67 KB, two blocks of 4 warps. If there are fewer blocks of 128 keys
+// than multiprocessors, blocks of 64 (4 warps of 16 keys) keep twice as many of them at work.
 #include "attention_mma_backward.h"
 
 namespace run_llm {
@@ -98,10 +99,10 @@ KERNEL_FUNCTION __launch_bounds__(32 * kWarps, 8 / kWarps) sum_over_queries(Atte
 
   const auto fetch = [&](typename Shared::Stage& stage, int block, int head) {
     const int query = block * kQueries;
-    Tile::template copy<kQueries, kThreads>(stage.q, call.q + call.q_start(b, head), call.q_stride(), query, call.queries,
+    const int64_t start = call.q_start(b, head);
+    Tile::template copy<kQueries, kThreads>(stage.q, call.q + start, call.q_stride(), query, call.queries, call.dim);
+    Tile::template copy<kQueries, kThreads>(stage.dout, call.dout + start, call.q_stride(), query, call.queries,
                                             call.dim);
-    Tile::template copy<kQueries, kThreads>(stage.dout, call.dout + call.q_start(b, head), call.q_stride(), query,
-                                            call.queries, call.dim);
     const int64_t row = prepared.row(b, head, call.heads) + query;
     if (thread < 16)
       copy_async_16(stage.lse + 4 * thread, prepared.lse + row + 4 * thread, true);
@@ -158,9 +159,11 @@ KERNEL_FUNCTION __launch_bounds__(32 * kWarps, 8 / kWarps) sum_over_queries(Atte
         UNROLL
         for (int i = 0; i < kTiles; ++i)
           UNROLL
-          for (int j = 0; j < kPart / 8; ++j)
+          for (int e = 0; e < 4; ++e) {
+            const float added = bias_term(now.bias[warp_row + i * 16 + e / 2 * 8 + lane / 4]);
             UNROLL
-            for (int e = 0; e < 4; ++e) weights[i][j][e] = now.bias[warp_row + i * 16 + e / 2 * 8 + lane / 4];
+            for (int j = 0; j < kPart / 8; ++j) weights[i][j][e] = added;
+          }
       }
       clear(slopes);
       Tile::add_row_products(weights, k, q, right_lane);

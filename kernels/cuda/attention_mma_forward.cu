@@ -111,9 +111,11 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, kDim * kTiles <= 64 ? 3 : 2) attend(
   const int64_t kv_start = call.k_start(b, call.kv_head(head));
 
   const auto fetch_keys = [&](int n, int buffer) {
-    Tile::template copy<kKeys, kThreads>(shared.k[buffer], call.k + kv_start, call.k_stride(), n * kKeys, call.keys, call.dim);
+    Tile::template copy<kKeys, kThreads>(shared.k[buffer], call.k + kv_start, call.k_stride(), n * kKeys, call.keys,
+                                         call.dim);
+    const int key = n * kKeys + thread;
     if (call.bias && thread < kKeys)
-      copy_async_4(&shared.bias[buffer][thread], call.bias_of(b, head) + n * kKeys + thread, n * kKeys + thread < call.keys);
+      copy_async_4(&shared.bias[buffer][thread], call.bias_of(b, head) + key, key < call.keys);
   };
 
   const Seen found = Seen::of(call, b, first, Shared::kRows);
