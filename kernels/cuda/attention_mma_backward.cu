@@ -81,7 +81,7 @@ void differentiate(const Attention<T>& call, float scale, cudaStream_t stream) {
 template <class T>
 void attention_mma_backward(const Attention<T>& call, cudaStream_t stream) {
   const float scale = call.scale();
-  if (call.dim == whole_chunks(call.dim)) return differentiate(call, scale, stream);
+  if (call.rows_at_16_bytes()) return differentiate(call, scale, stream);
   const int64_t queries = static_cast<int64_t>(call.batch) * call.queries * call.heads;
   const int64_t keys = static_cast<int64_t>(call.batch) * call.keys * call.kv_heads;
   const WideRows<T> q(call.q, queries, call.dim, stream), k(call.k, keys, call.dim, stream),

@@ -221,7 +221,7 @@ void attend_aligned(const Attention<T>& call, float scale, cudaStream_t stream) 
 template <class T>
 void attention_mma_forward(const Attention<T>& call, cudaStream_t stream) {
   const float scale = call.scale_log2();
-  if (call.dim == whole_chunks(call.dim)) return attend_aligned(call, scale, stream);
+  if (call.rows_at_16_bytes()) return attend_aligned(call, scale, stream);
   const int64_t queries = static_cast<int64_t>(call.batch) * call.queries * call.heads;
   const int64_t keys = static_cast<int64_t>(call.batch) * call.keys * call.kv_heads;
   const WideRows<T> q(call.q, queries, call.dim, stream), k(call.k, keys, call.dim, stream),

@@ -1,4 +1,5 @@
-// Heads whose rows do not begin at 16 bytes, their width being no multiple of 8: the kernels work on wider copies.
+// Heads whose rows do not begin at 16 bytes, by their width or by where their array begins: the kernels work on copies,
+// as much wider as it takes.
 #pragma once
 
 #include "attention_mma.h"

@@ -110,6 +110,28 @@ def test_the_order_of_threads_changes_no_bit(emulator, name, dtype):
     assert results[0] == results[1] == results[2]
 
 
+def test_arrays_may_begin_at_any_number(emulator):
+    """Views that begin 2 bytes after a multiple of 16, as a slice of a larger array may."""
+    case = CASES["causal"]
+    numbers = [to_bfloat16(x) for x in case.tensors()]
+
+    def moved(x: np.ndarray) -> BFloat16:
+        room = np.zeros(x.size + 8, np.uint16)
+        begin = (2 - room.ctypes.data) % 16 // 2
+        view = room[begin : begin + x.size].reshape(x.shape)
+        view[...] = rounded(x)
+        return BFloat16(view)
+
+    q, k, v, dout = map(moved, numbers)
+    out, lse = moved(numbers[0]), np.empty((case.batch, case.heads, case.q_len), np.float32)
+    emulator.call("attention_forward", q, k, v, *settings(case), outputs=[out, lse])
+    grads = [moved(x) for x in numbers[:3]]
+    emulator.call("attention_backward", q, k, v, *settings(case), out, lse, dout, outputs=grads)
+    for ours, aligned in zip([as_fp32(out), lse, *map(as_fp32, grads)], run(emulator, case, numbers, "bfloat16"),
+                             strict=True):
+        np.testing.assert_array_equal(ours, aligned)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_ranges(emulator, seed):
     """Ranges in no order, overlapping, backwards, empty; several tiles and blocks, none of them whole."""
