@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "attention_fp32.h"
 #include "attention_mma.h"
+#include "attention_tf32.h"
 
 using namespace run_llm;
 
@@ -25,4 +26,12 @@ KERNEL(attention_backward) {
   if (args.next_is("bfloat16")) return attention_mma_backward(Attention<bf16>::backward(args), stream);
   if (args.next_is("float16")) return attention_mma_backward(Attention<fp16>::backward(args), stream);
   args.require(false, "q", kDtypes);
+}
+
+/// fp32 tensors, products in 3xTF32.
+KERNEL(attention_forward_tf32) {
+  attention_tf32_forward(Attention<float>::forward(args), static_cast<cudaStream_t>(args.stream()));
+}
+KERNEL(attention_backward_tf32) {
+  attention_tf32_backward(Attention<float>::backward(args), static_cast<cudaStream_t>(args.stream()));
 }

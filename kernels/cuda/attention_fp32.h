@@ -7,13 +7,18 @@ namespace run_llm {
 
 constexpr float kHidden = -INFINITY;  // the score of a key that is not seen
 
+/// The weight of a key, from lse in the logarithm of base 2. One that is not seen has none, also where lse is no number.
+DEVICE float weight_of(float score, float scale_log2, float lse_log2) {
+  return score == kHidden ? 0.f : exp2_fast(score * scale_log2 - lse_log2);
+}
+
 /// Rows [first, first + kCount) of a head, `stride` numbers apart, into shared memory, kStride apart; zeros for rows
 /// from `rows` on and columns from `dim` on. kVectors: rows begin at multiples of 16 bytes.
 /// Asynchronous: the caller commits and waits.
 template <int kDim, int kCount, int kStride, int kThreads, bool kVectors>
 DEVICE void copy_rows(float* to, const float* from, int64_t stride, int first, int rows, int dim) {
   constexpr int kStep = kVectors ? 4 : 1, kAcross = kDim / kStep;
-#pragma unroll 4
+#pragma unroll(kVectors ? 4 : 1)
   for (int i = static_cast<int>(threadIdx.x); i < kCount * kAcross; i += kThreads) {
     const int row = i / kAcross, column = i % kAcross * kStep;
     const bool valid = first + row < rows && column < dim;

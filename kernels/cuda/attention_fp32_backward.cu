@@ -60,11 +60,6 @@ struct Tiles {
   }
 };
 
-/// A key that is not seen has no weight, also where lse is no number.
-DEVICE float weight_of(float score, float scale_log2, float lse_log2) {
-  return score == kHidden ? 0.f : exp2_fast(score * scale_log2 - lse_log2);
-}
-
 /// dk and dv of a block of keys of one key head, from all query heads that read it. Rows of products are keys.
 template <int kDim, bool kVectors>
 KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
@@ -83,7 +78,10 @@ KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
       const int query = step.block * kBlock + thread;
       const bool valid = query < call.queries;
       const int64_t at = call.lse_start(b, step.head) + (valid ? query : 0);
-      copy_async_4(&shared.lse[thread], call.given_lse + at, valid);
+      if (valid)
+        copy_async_4(&shared.lse[thread], call.given_lse + at, true);
+      else
+        shared.lse[thread] = INFINITY;  // no weight, however large a key's bias is
       copy_async_4(&shared.delta[thread], delta + at, valid);
     }
     copy_async_commit();

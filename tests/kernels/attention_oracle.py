@@ -144,3 +144,17 @@ def cases() -> dict[str, Case]:
     for dim in (32, 40, 80, 96, 128, 200):
         found[f"head_dim {dim}"] = Case(1, 101, 101, 2, 1, dim, causal_ranges(101, 101))
     return found
+
+
+def any_case(seed: int) -> Case:
+    """Ranges in no order, overlapping, backwards, empty; several tiles and blocks, none of them whole."""
+    rng = np.random.default_rng(seed)
+    batch, kv_heads, group = rng.integers(1, 3), rng.integers(1, 3), rng.integers(1, 4)
+    dim = rng.choice([3, 20, 64, 100])
+    q_len, k_len = rng.integers(1, 230), rng.integers(2, 600)
+    heads = kv_heads * group
+    ranges = rng.integers(0, k_len + 1, (rng.choice([1, batch]), q_len, 2)).astype(np.int32)
+    ranges[:, : rng.integers(q_len)] = rng.choice([0, k_len])  # queries that see the prefix, if that
+    bias = (8 * rng.standard_normal((rng.choice([1, batch]), heads, k_len))).astype(np.float32) if seed % 2 else None
+    prefix = rng.choice([0, rng.integers(k_len), k_len])
+    return Case(batch, q_len, k_len, heads, kv_heads, dim, ranges, bias, prefix)

@@ -47,23 +47,13 @@ def test_fp32(kernels, name):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_ranges(kernels, seed):
-    """Ranges in no order, overlapping, backwards, empty; several tiles and blocks, none of them whole."""
-    rng = np.random.default_rng(seed)
-    batch, kv_heads, group = rng.integers(1, 3), rng.integers(1, 3), rng.integers(1, 4)
-    dim = rng.choice([3, 20, 64, 100])
-    q_len, k_len = rng.integers(1, 230), rng.integers(2, 600)
-    heads = kv_heads * group
-    ranges = rng.integers(0, k_len + 1, (rng.choice([1, batch]), q_len, 2)).astype(np.int32)
-    ranges[:, : rng.integers(q_len)] = rng.choice([0, k_len])  # queries that see the prefix, if that
-    bias = (8 * rng.standard_normal((rng.choice([1, batch]), heads, k_len))).astype(np.float32) if seed % 2 else None
-    prefix = rng.choice([0, rng.integers(k_len), k_len])
-    case = oracle.Case(batch, q_len, k_len, heads, kv_heads, dim, ranges, bias, prefix)
+    case = oracle.any_case(seed)
     q, k, v, dout = case.tensors(seed)
     out, lse = forward(kernels, case, q, k, v)
-    wanted, wanted_lse = oracle.attention(q, k, v, ranges, bias, prefix)
+    wanted, wanted_lse = oracle.attention(q, k, v, case.ranges, case.bias, case.prefix)
     assert relative(out, wanted) < 2e-6
     np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)
-    wanted = oracle.attention_gradients(q, k, v, ranges, bias, prefix, dout)
+    wanted = oracle.attention_gradients(q, k, v, case.ranges, case.bias, case.prefix, dout)
     for found, gradient in zip(backward(kernels, case, q, k, v, out, lse, dout), wanted, strict=True):
         assert relative(found, gradient) < 4e-6
 
