@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from layout_cases import COVERING, MATRIX, STEPS, Case, final_weights, held_elements, launch, losses, write_records
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common import write_result  # noqa: E402
+
 TOLERANCE = 1e-5  # relative, of losses and of every weight
-RESULT = Path(__file__).resolve().parents[2] / "benchmarks/results/parallel_matrix.json"
 
 
 def run_all(folder: Path, cases: list[Case]) -> dict[str, str]:
@@ -68,5 +71,6 @@ def test_a_covering_set_of_layouts_gives_one_processes_numbers(tmp_path):
 @pytest.mark.skipif("RUN_MATRIX" not in os.environ, reason="an hour: make test-matrix")
 def test_every_layout_family_and_tuning_gives_one_processes_numbers(tmp_path):
     found = run_all(tmp_path, MATRIX)
-    RESULT.write_text(json.dumps({name: what or "equal" for name, what in sorted(found.items())}, indent=1) + "\n")
+    results = {name: what or "equal" for name, what in sorted(found.items())}
+    write_result("parallel_matrix", results, [], {"steps": STEPS, "relative_tolerance": TOLERANCE})
     assert not any(found.values())
