@@ -94,9 +94,13 @@ def cuda_library() -> Library:
 
     Raises:
         KernelsUnavailable: KERNELS=reference, or there is no library and no way to make one; says why.
+        UserError: $KERNELS is anything else; instruction sets are a CPU's.
     """
-    if os.environ.get("KERNELS") == "reference":
-        raise KernelsUnavailable("KERNELS=reference")
+    if asked := os.environ.get("KERNELS"):
+        if asked == "reference":
+            raise KernelsUnavailable("KERNELS=reference")
+        raise UserError(f"KERNELS={asked}: on a GPU leave it unset (the CUDA kernels), or set it to `reference` "
+                        "(MindSpore's own operators)")
     return Library(cuda_library_path(), "cuda")
 
 

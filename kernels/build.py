@@ -59,7 +59,7 @@ def emulator_target(sources: tuple[Path, ...] = EMULATOR_SOURCES) -> Target:
     debug = debugging()
     # The C library's checks of longjmp take a jump to another fiber's stack for an error.
     optimised = ("-O0", "-g") if debug else ("-O2",)
-    flags = (*COMMON, *optimised, "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DHAS_HOPPER")
+    flags = (*COMMON, *optimised, "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
     return Target(f"emulator{'_debug' if debug else ''}", "CUDA kernels for the emulator", sources, flags,
                   special=(("*.cu", ("-x", "c++")),))
 
@@ -129,7 +129,7 @@ def _build_in(folder: Path, compiler: Compiler, target: Target, snapshot: Source
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
         try:
-            print(f"compiling the {target.title} (once, about a minute) ...", file=sys.stderr, flush=True)
+            print(f"compiling the {target.title} (once, {target.takes}) ...", file=sys.stderr, flush=True)
             new, messages = compile_library(compiler, target, snapshot, work, folder / "objects")
             fsync(new)
             made.with_suffix(".log").write_text(messages, encoding="utf-8")

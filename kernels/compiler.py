@@ -114,6 +114,7 @@ class Target:
         variable: of the environment, where the user may name one.
         probe: name and text of a source that tells whether the compiler can make such a library.
         special: patterns of source names, each with further flags, or None: left out; the first that fits counts.
+        takes: how long compiling it takes, as a user is told.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Target:
     variable: str = "CXX"
     probe: tuple[str, str] = PROBE
     special: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
+    takes: str = "about a minute"
 
     def unit_flags(self, unit: str) -> tuple[str, ...] | None:
         """All flags that a source is compiled with; None: it is no part of the library."""
@@ -262,8 +264,10 @@ def _check(done: subprocess.CompletedProcess[str], made: Path, who: str) -> None
 def _first_error(done: subprocess.CompletedProcess[str]) -> str:
     """The line of the compiler's output that says what is wrong."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else
+    said = next((line for line in lines if "error" in line.lower()), lines[0] if lines else
                 f"exit code {done.returncode} and no message")
+    # an nvcc that is older than the g++ of this machine
+    return said + (' Name an older one, as in NVCC="nvcc -ccbin g++-12"' if "unsupported GNU version" in said else "")
 
 
 def _digest(*parts: str | bytes) -> str:

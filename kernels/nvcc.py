@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from .build import CUDA_SOURCES, SHIPPED, built, debugging, existing
@@ -59,19 +60,25 @@ def asked_architectures() -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, asked)))
 
 
+@cache
 def gpus() -> tuple[str, ...]:
-    """Compute capabilities of the GPUs at hand ("80", "90"), as nvidia-smi tells them; none where it does not."""
+    """Compute capabilities of the GPUs at hand ("80", "90"), as nvidia-smi tells them; none where it does not.
+
+    One that is too old for the kernels, a display's for instance, is left out if there are others.
+    """
     try:
         done = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
                               capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    return tuple(sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", done.stdout, re.MULTILINE)}))
+    found = {major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", done.stdout, re.MULTILINE)}
+    return tuple(sorted({gpu for gpu in found if int(gpu) >= _OLDEST_GPU} or found))
 
 
 def _check_age(what: str, architecture: str) -> None:
     if int(architecture.rstrip("af")) < _OLDEST_GPU:
-        raise KernelsUnavailable(f"{what} {architecture} is older than {_OLDEST_GPU}, which the kernels need")
+        raise KernelsUnavailable(f"{what} {architecture} is older than {_OLDEST_GPU}, which the kernels need; "
+                                 "CUDA_ARCHS names what to compile for")
 
 
 def architectures() -> tuple[str, ...]:
@@ -94,19 +101,16 @@ def cuda_target(architectures: tuple[str, ...], sources: tuple[Path, ...] = CUDA
                 extra: tuple[str, ...] = ()) -> Target:
     """The library for some architectures; `extra`: flags after all others.
 
-    Sources whose name has `hopper` use instructions that sm_90a alone has; HAS_HOPPER tells the others that they are
-    part of the library.
+    Sources whose name has `hopper` use instructions that sm_90a alone has.
     """
     codes = {name: f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures}
     debug = debugging()
     optimised = ("-O0", "-g", "-G") if debug else ("-O3",)
-    flags = ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *optimised, *extra]
-    if "90a" in codes:
-        flags.append("-DHAS_HOPPER")
+    flags = ("-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *optimised, *extra)
     special = (("*hopper*.cu", (codes["90a"],) if "90a" in codes else None), ("*.cu", tuple(codes.values())))
     name = "_".join(["cuda", *architectures, *(["debug"] if debug else [])])
-    return Target(name, f"CUDA kernels for {', '.join(f'sm_{name}' for name in architectures)}", sources, tuple(flags),
-                  find_nvcc, "NVCC", _PROBE, special)
+    return Target(name, f"CUDA kernels for {', '.join(f'sm_{name}' for name in architectures)}", sources, flags,
+                  find_nvcc, "NVCC", _PROBE, special, takes="some minutes")
 
 
 def cuda_library_path() -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_core import kernels as package
+from llm_core.errors import UserError
 from llm_core.kernels import KernelsUnavailable, build, nvcc, ptxas
 from llm_core.kernels.__main__ import main
 from llm_core.kernels.compiler import Sources
@@ -57,19 +58,21 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
     """Puts a program that prints some lines on the PATH, and nothing else there beside what the shell needs."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     for name in ("NVCC", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
+    request.addfinalizer(nvcc.gpus.cache_clear)
 
     def make(name: str, text: str, where: Path = folder) -> Path:
         where.mkdir(parents=True, exist_ok=True)
         path = where / name
         path.write_text(f"#!/bin/sh\necho '{text}'\n")
         path.chmod(0o755)
+        nvcc.gpus.cache_clear()
         return path
 
     return make
@@ -112,6 +115,7 @@ def test_the_architectures_are_those_that_nvcc_knows(program, number, architectu
     ("11.8", "9.0", ("90",)),
     ("12.4", "8.9\n8.0", ("80", "89")),
     ("13.0", "10.0", ("100",)),
+    ("12.4", "7.5\n8.0\n6.1", ("80",)),  # a display's beside the one that computes
 ])
 def test_the_gpus_at_hand_are_compiled_for(program, number, capabilities, architectures):
     program("nvcc", release(number))
@@ -121,7 +125,7 @@ def test_the_gpus_at_hand_are_compiled_for(program, number, capabilities, archit
 
 def test_a_gpu_that_is_too_old_is_refused(program):
     program("nvidia-smi", "7.5")
-    with pytest.raises(KernelsUnavailable, match="a GPU of compute capability 75 is older than 80"):
+    with pytest.raises(KernelsUnavailable, match="a GPU of compute capability 75 is older than 80, .*CUDA_ARCHS"):
         nvcc.architectures()
 
 
@@ -145,7 +149,6 @@ def test_hoppers_sources_are_compiled_for_hopper_alone(tree):
     sources = Sources.read(tree)
     both, without = nvcc.cuda_target(("80", "90a"), (tree,)), nvcc.cuda_target(("80",), (tree,))
     assert sources.units(both) == ["its_hopper.cu", "simple.cu"] and sources.units(without) == ["simple.cu"]
-    assert "-DHAS_HOPPER" in both.flags and "-DHAS_HOPPER" not in without.flags
 
     def codes(unit: str) -> list[str]:
         return [flag.rpartition("code=")[2] for flag in both.unit_flags(unit) if flag.startswith("-gencode")]
@@ -197,6 +200,23 @@ def test_the_variable_leaves_the_gpus_kernels_out(monkeypatch):
     monkeypatch.setenv("KERNELS", "reference")
     with pytest.raises(KernelsUnavailable, match="^KERNELS=reference$"):
         package.cuda_library.__wrapped__()
+
+
+@pytest.mark.parametrize("asked", ["avx512", "refrence"])
+def test_on_a_gpu_the_variable_knows_no_instruction_sets(monkeypatch, asked):
+    monkeypatch.setenv("KERNELS", asked)
+    with pytest.raises(UserError, match=f"^KERNELS={asked}: on a GPU leave it unset .*or set it to `reference`"):
+        package.cuda_library.__wrapped__()
+
+
+def test_a_host_compiler_that_is_too_new_comes_with_the_way_out(program, tree):
+    refuses = program("nvcc", release("12.4"))
+    refuses.write_text(refuses.read_text() + """case $1 in --version) exit 0;; esac
+echo "host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than 13 are not supported!" >&2
+exit 1
+""")
+    with pytest.raises(KernelsUnavailable, match='later than 13 are not supported! .*NVCC="nvcc -ccbin g\\+\\+-12"$'):
+        build.built(nvcc.cuda_target(("80",), (tree,)))
 
 
 def test_what_ptxas_says_is_understood():
@@ -252,7 +272,7 @@ def test_a_library_is_built_once_and_loads_without_a_gpu(tree, capfd, monkeypatc
     (tree / "error.cpp").write_text(f'{export} {{ return "none"; }}\n')
     target = nvcc.cuda_target(("80",), (tree,))
     path = build.built(target)
-    assert "compiling the CUDA kernels for sm_80" in capfd.readouterr().err
+    assert "compiling the CUDA kernels for sm_80 (once, some minutes) ..." in capfd.readouterr().err
     assert build.built(target) == path and capfd.readouterr().err == ""
     assert path.with_suffix(".log").read_text() == ""
     package.Library(path, "cuda")
