@@ -11,7 +11,8 @@ bf16: S 2048 to 16384, 16384 tokens, forward and backward: against the flash, cu
 scaled_dot_product_attention; also the kernels for Hopper, where the library has them.
 varlen: packed documents of different lengths against as many equally long ones in a batch, in operations of the pairs
 that see each other.
-decode: one token over long caches, contiguous and paged, against scaled_dot_product_attention.
+decode: one token over long caches, contiguous and paged, against scaled_dot_product_attention. Of the smallest cache,
+64 MiB, a large L2 (50 MB in an H100) keeps a part from call to call, for every side.
 memory: peak memory of forward and backward over S, with what the kernels take for themselves.
 
 Sides are measured in turn, round by round; figures are of the medians, and a figure of several shapes is its lowest. At
@@ -200,16 +201,12 @@ def decode(kernels: TorchKernels, batch: int, kv_heads: int, length: int) -> Poi
     group = DECODE_HEADS // kv_heads
     query, repeated = q.transpose(1, 2), [x.repeat_interleave(group, 1) for x in (k, v)]
 
-    def sdpa(backend: str | None) -> Callable[[], Any]:
+    def sdpa(backend: str | None) -> sides.Inference:
         """torch's choice and flash share the key heads; the efficient backend cannot, and has them repeated."""
         keys, values = repeated if backend == "efficient" else (k, v)
         shared = {} if backend == "efficient" else {"enable_gqa": True}
 
-        def attend() -> Any:
-            with torch.no_grad(), sides.using(backend):
-                return F.scaled_dot_product_attention(query, keys, values, **shared)
-
-        return attend
+        return sides.Inference(lambda: F.scaled_dot_product_attention(query, keys, values, **shared), backend)
 
     calls = {"own": own, "paged": paged}
     results = {"own": lambda: [out], "paged": lambda: [paged_out]}
@@ -217,7 +214,8 @@ def decode(kernels: TorchKernels, batch: int, kv_heads: int, length: int) -> Poi
         call = sdpa(backend)
         try:
             call()
-        except RuntimeError:
+        except RuntimeError as error:
+            sides.not_measured(name, error)
             continue
         calls[name], results[name] = call, lambda call=call: [call().transpose(1, 2)]
     all_keys = torch.tensor([[[0, length]]], dtype=torch.int32)

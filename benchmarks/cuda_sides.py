@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ OWN = {  # side -> names of its kernels
 }
 TORCH = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}  # of SDPBackend
 HOPPER_DIMS = (64, 128)
+REFUSALS = ("No available kernel", "execution plans")  # in what SDPA and cuDNN say to a shape that they do not take
 BLOCK = 0.01  # seconds of work that one measurement is the mean of
+MOST_CALLS = 200  # that wait for the GPU at once: more might fill its queue, and then the host's time would be measured
+HEAD_START = 20_000_000  # cycles that the GPU waits for the host: 10 ms and more, in which all calls are queued
 EXACT_ROWS = 2048  # query rows that attention in fp64 deals with at a time
 
 
@@ -47,8 +50,11 @@ class TorchKernels:
         self._library.last_error.restype = ctypes.c_char_p
 
     def has(self, name: str | None) -> bool:
-        """Whether the library has a kernel of that name."""
-        return name is not None and hasattr(self._library, name)
+        """Whether the library has a kernel of that name, and this GPU runs it."""
+        import torch
+
+        there = name is not None and hasattr(self._library, name)
+        return there and ("hopper" not in name or torch.cuda.get_device_capability() == (9, 0))
 
     def prepared(self, name: str, *inputs: Any, outputs: list[Any]) -> Callable[[], None]:
         """A call of the kernel, all but ready: what is left to do costs a few microseconds."""
@@ -83,6 +89,30 @@ class Side:
     forward: Callable[[], Any]
     backward: Callable[[], Any] | None
     results: Callable[[], list[Any]]  # out, and dq, dk, dv if there is a backward pass; [B, S, H, D]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A call of torch's without gradients, by a backend of TORCH (None: torch's choice).
+
+    Entering its contexts costs as much as a short kernel: `seconds` does so once for many calls.
+    """
+
+    call: Callable[[], Any]
+    backend: str | None = None
+
+    def __call__(self) -> Any:
+        with self.contexts():
+            return self.call()
+
+    def contexts(self) -> Any:
+        """To be entered around the call."""
+        import torch
+
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(using(self.backend))
+        return stack
 
 
 @dataclass(frozen=True)
@@ -153,21 +183,18 @@ def torch_side(backend: str, causal: bool, q: Any, k: Any, v: Any, dout: Any) ->
     def attend() -> Any:
         return F.scaled_dot_product_attention(*leaves, is_causal=causal)
 
-    def forward() -> Any:
-        with torch.no_grad(), using(backend):
-            return attend()
-
     try:
         with using(backend):
             out = attend()
         torch.autograd.grad(out, leaves, gradient, retain_graph=True)
-    except RuntimeError:
-        return None
+    except RuntimeError as error:
+        return not_measured(backend, error)
 
     def backward() -> Any:
         return torch.autograd.grad(out, leaves, gradient, retain_graph=True)
 
-    return Side(forward, backward, lambda: [x.detach().transpose(1, 2) for x in (out, *backward())])
+    return Side(Inference(attend, backend), backward,
+                lambda: [x.detach().transpose(1, 2) for x in (out, *backward())])
 
 
 def unfused_side(causal: bool, q: Any, k: Any, v: Any) -> Side | None:
@@ -184,9 +211,18 @@ def unfused_side(causal: bool, q: Any, k: Any, v: Any) -> Side | None:
 
     try:
         forward()
-    except torch.cuda.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        return not_measured("unfused", error)
     return Side(forward, None, lambda: [forward().transpose(1, 2)])
+
+
+def not_measured(name: str, error: RuntimeError) -> None:
+    """Say that a side lacks memory or does not take the shape; any other error is raised again."""
+    import torch
+
+    if not isinstance(error, torch.cuda.OutOfMemoryError) and not any(words in str(error) for words in REFUSALS):
+        raise error
+    print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
 
 
 def using(backend: str | None) -> Any:
@@ -197,20 +233,27 @@ def using(backend: str | None) -> Any:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Time of a call by the GPU's own clock: the mean over calls that take BLOCK together, after one for warming."""
+    """Time of a call by the GPU's own clock: the mean over calls that take BLOCK together, or MOST_CALLS.
+
+    The GPU starts on them when all are queued, after one for warming, so the host's time is no part of it.
+    """
     import torch
+
+    plain, contexts = (call.call, call.contexts()) if isinstance(call, Inference) else (call, nullcontext())
 
     def timed(count: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)
+        plain()
         begin.record()
         for _ in range(count):
-            call()
+            plain()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / count
 
-    call()
-    return timed(max(1, round(BLOCK / max(timed(1), 1e-6))))
+    with contexts:
+        return timed(min(MOST_CALLS, max(1, round(BLOCK / max(timed(1), 1e-6)))))
 
 
 def exact(q: Any, k: Any, v: Any, ranges: Any, dout: Any = None) -> list[Any]:

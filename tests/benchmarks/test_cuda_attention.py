@@ -106,10 +106,48 @@ def test_every_figure_of_the_tables(capsys):
     assert ratios == {
         "cuda_fp32_vs_unfused": 2, "cuda_fp32_vs_rows": 1, "cuda_tf32_vs_efficient": 2,
         "cuda_bf16_forward_vs_flash": 0.8, "cuda_bf16_backward_vs_flash": 0.75, "cuda_hopper_forward_vs_best": 0.75,
-        "cuda_varlen_vs_dense": 0.9, "cuda_decode_vs_sdpa": 1.5, "cuda_paged_vs_sdpa": 1, "cuda_memory": 2,
+        "cuda_varlen_vs_dense": 1 / 9, "cuda_decode_vs_sdpa": 1.5, "cuda_paged_vs_sdpa": 1, "cuda_memory": 2,
     }  # fmt: skip
     assert "cuda_memory 2.000 (own 4 bytes/token, at S 10 8 bytes/token)\n  at S 20\n" in capsys.readouterr().out
     assert cuda_figures.figures({}) == []
+
+
+@pytest.mark.parity
+def test_a_side_that_refuses_is_named_and_any_other_error_ends_the_run(capsys):
+    torch = pytest.importorskip("torch")
+    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory\nand more"), RuntimeError("No available kernel.")):
+        assert cuda_sides.not_measured("flash", error) is None
+    assert capsys.readouterr().out == ("flash: not measured: CUDA out of memory\n"
+                                       "flash: not measured: No available kernel.\n")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cuda_sides.not_measured("flash", RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parity
+def test_calls_are_queued_before_the_gpu_starts_on_them(monkeypatch):
+    """A short kernel is timed over MOST_CALLS, in contexts entered once; one call for warming is not counted."""
+    torch = pytest.importorskip("torch")
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e-3 * done[-1 - done[-2::-1].index("event"):].count("call")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    monkeypatch.setattr(cuda_sides, "using", lambda backend: done.append(backend) or torch.inference_mode())
+    cuda_sides.seconds(cuda_sides.Inference(lambda: done.append("call"), "flash"))
+    once = ["sleep", "call", "event", "call", "event"]
+    assert done == ["flash", *once, *once[:3], *["call"] * cuda_sides.MOST_CALLS, "event"]
 
 
 @pytest.mark.parity
