@@ -78,7 +78,10 @@ def _with(node: Node, name: str, child: Node) -> Node:
 
 
 def present_device() -> str:
-    """The device of this machine: Ascend where its driver shows one, else CPU (MindSpore has no wheel for GPUs)."""
+    """The device of this machine that runs use: Ascend where its driver shows one, else CPU.
+
+    Never GPU: whether MindSpore's part for CUDA 11 works on a machine shows only when MindSpore starts (docs/cuda.md).
+    """
     return "Ascend" if glob.glob("/dev/davinci[0-9]*") else "CPU"
 
 
@@ -100,9 +103,8 @@ def map_to_device(config: RunConfig, tree: Node, device: str) -> tuple[RunConfig
         context["device_target"] = device
         if find(tree, "context.device_target") is not None:
             wanted = config.context.device_target
-            notes.append(
-                _line(tree, "context.device_target", f"{wanted} -> {device}", f"this machine has no {wanted} device")
-            )
+            reason = "runs use no GPU" if wanted == "GPU" else f"this machine has no {wanted} device"
+            notes.append(_line(tree, "context.device_target", f"{wanted} -> {device}", reason))
     model, lines = _map_model(config, tree)
     notes += lines
     defaults = type(config.context).model_construct()

@@ -61,6 +61,12 @@ def test_one_note_lists_all_keys_without_meaning(tmp_path: Path) -> None:
     assert all(loaded.inert.values())
 
 
+def test_a_gpu_is_mapped_to_the_cpu_whether_there_is_one_or_not(tmp_path: Path) -> None:
+    loaded = load(tmp_path, changed(PRETRAIN_7B, ('device_target: "Ascend"', 'device_target: "GPU"')))
+    assert loaded.config.context.device_target == "CPU"
+    assert [note for note in loaded.notes if "GPU -> CPU" in note and note.endswith(": runs use no GPU")]
+
+
 def test_ascend_values_are_mapped_on_a_cpu_with_a_line_each(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("KERNELS", "plain")
     loaded = load(tmp_path, changed(PRETRAIN_7B, ('compute_dtype: "float16"', 'compute_dtype: "bfloat16"')))
