@@ -27,6 +27,7 @@ constexpr unsigned char kUnset = 0xff;  // a NaN in every floating-point type
 constexpr int kBarriers = 16;
 
 unsigned seed = 0;
+size_t most_shared = 227 << 10;
 
 struct Copy {
   void* to;
@@ -323,10 +324,11 @@ void wait_for_copies(int left) {
   for (; groups.size() > static_cast<size_t>(left); groups.pop_front()) carry_out(groups.front());
 }
 
+size_t shared_memory_limit() { return most_shared; }
+
 void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads < 1 || threads > 1024 || threads % kWarp)
     throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
-  if (shared_bytes > 227 << 10) throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
   const size_t count = static_cast<size_t>(blocks.x) * blocks.y * blocks.z;
   if (count == 0 || blocks.x > 0x7fffffff || blocks.y > 65535 || blocks.z > 65535)
     throw std::runtime_error("a grid of (" + std::to_string(blocks.x) + ", " + std::to_string(blocks.y) + ", " +
@@ -362,3 +364,5 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
 
 /// Draw the order of threads and blocks from this number from now on.
 EXPORT void emulator_seed(unsigned value) { emulator::seed = value; }
+/// Let a block have at most so many bytes of shared memory from now on, as on a smaller GPU.
+EXPORT void emulator_shared_memory(unsigned bytes) { emulator::most_shared = bytes; }

@@ -89,6 +89,9 @@ void check_shared(const char* what, const void* address, size_t bytes, size_t al
 
 void* shared();
 
+/// Bytes of shared memory that a block may have: Hopper's, or what emulator_shared_memory() has set.
+size_t shared_memory_limit();
+
 /// Run a kernel. Throws std::runtime_error.
 void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
