@@ -1,7 +1,8 @@
 // What the kernels are written in: CUDA C++, or the emulator's idea of it where no nvcc compiles them.
 //
-// A kernel uses threadIdx, blockIdx and gridDim, __syncthreads(), the functions of instructions.h and
-// shared_memory<T>(); nothing else of CUDA's headers. So one source serves both.
+// A kernel uses of CUDA's headers threadIdx, blockIdx, gridDim and blockDim, __syncthreads() and __syncwarp(), vectors
+// (float2, int4, ..), the functions of <cmath> (fmaxf, logf, std::exp, ..), __launch_bounds__ and __grid_constant__;
+// all else comes from instructions.h and hopper.h, shared memory from shared_memory<T>(). So one source serves both.
 #pragma once
 
 #include <cmath>

@@ -55,8 +55,9 @@ KERNEL_FUNCTION copy_nothing(const float* from, float* to) {
 }
 
 enum Fault {
-  kPartingLanes, kEndedLane, kEndedThread, kPastTheEnd, kMisalignedTarget, kMisalignedSource, kForeignTarget, kEndedCopy,
-  kForeignRow, kMisalignedRow, kNoSuchBarrier, kReadPastInput, kWritePastOutput, kWriteToInput, kCopyPastInput,
+  kPartingLanes, kEndedLane, kEndedThread, kPastTheEnd, kMisalignedTarget, kMisalignedSource, kForeignTarget,
+  kEndedCopy, kForeignRow, kMisalignedRow, kNoSuchBarrier, kReadPastInput, kWritePastOutput, kWriteToInput,
+  kCopyPastInput,
 };
 
 KERNEL_FUNCTION commit(int fault, const float* from, float* to) {

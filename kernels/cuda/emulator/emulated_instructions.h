@@ -28,7 +28,8 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return same_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(fp16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, rest = x.bits & 1023;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t exponent = x.bits >> 10 & 31, rest = x.bits & 1023;
   if (exponent == 31) return same_bits<float>(sign | 0x7f800000u | rest << 13);
   const float size = exponent ? std::ldexp(static_cast<float>(1024 + rest), static_cast<int>(exponent) - 25)
                               : std::ldexp(static_cast<float>(rest), -24);
@@ -110,8 +111,12 @@ inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 inline void barrier_wait(int index, int threads) { emulator::barrier(index, threads); }
 inline void barrier_arrive(int index, int threads) { emulator::barrier(index, threads, false); }
 
-inline void copy_async_16(void* to, const void* from, bool valid) { emulator::copy_later(to, valid ? from : nullptr, 16); }
-inline void copy_async_4(void* to, const void* from, bool valid) { emulator::copy_later(to, valid ? from : nullptr, 4); }
+inline void copy_async_16(void* to, const void* from, bool valid) {
+  emulator::copy_later(to, valid ? from : nullptr, 16);
+}
+inline void copy_async_4(void* to, const void* from, bool valid) {
+  emulator::copy_later(to, valid ? from : nullptr, 4);
+}
 inline void copy_async_commit() { emulator::commit(); }
 template <int kLeft>
 void copy_async_wait() {
@@ -166,7 +171,8 @@ void multiply_tile(void** lanes, const float (&a)[16][kDepth], const float (&b)[
 template <class T>
 void multiply_16x8x16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   FragmentLane mine{sum, a, b};
-  emulator::in_warp(sizeof(T) && std::is_same<T, bf16>::value ? "multiply bf16" : "multiply fp16", &mine, [](void** lanes) {
+  const char* what = std::is_same<T, bf16>::value ? "multiply bf16" : "multiply fp16";
+  emulator::in_warp(what, &mine, [](void** lanes) {
     float left[16][16], right[8][16];
     for (int i = 0; i < emulator::kWarp; ++i) {
       const auto* lane = static_cast<const FragmentLane*>(lanes[i]);
