@@ -6,12 +6,6 @@
 
 using namespace run_llm;
 
-namespace {
-
-constexpr const char* kDtypes = "these kernels take float32, bfloat16 and float16: cast q, k and v to one of them";
-
-}  // namespace
-
 KERNEL(attention_forward) {
   auto* stream = static_cast<cudaStream_t>(args.stream());
   if (args.next_is("float32")) return attention_fp32_forward(Attention<float>::forward(args), stream);
@@ -30,8 +24,10 @@ KERNEL(attention_backward) {
 
 /// fp32 tensors, products in 3xTF32.
 KERNEL(attention_forward_tf32) {
+  require_float32(args);
   attention_tf32_forward(Attention<float>::forward(args), static_cast<cudaStream_t>(args.stream()));
 }
 KERNEL(attention_backward_tf32) {
+  require_float32(args);
   attention_tf32_backward(Attention<float>::backward(args), static_cast<cudaStream_t>(args.stream()));
 }

@@ -4,12 +4,13 @@
 //   attention_backward(q, k, v, ranges, bias, prefix, out, lse, dout) -> dq, dk, dv
 //
 // The operators of the CPU kernels (kernels/cpu/attention_args.h), all arrays on the device: q, out, dout, dq
-// [B, Sq, H, D]; k, v, dk, dv [B, Sk, K, D]; all float32, all bfloat16 or all float16, H a multiple of K, D at most 128.
-// ranges int32 [1 | B, Sq, 2]; prefix int32 [1]. Query i of row b sees the keys j with j < prefix or
+// [B, Sq, H, D]; k, v, dk, dv [B, Sk, K, D]; all float32, all bfloat16 or all float16, H a multiple of K, D at most
+// 128. ranges int32 [1 | B, Sq, 2]; prefix int32 [1]. Query i of row b sees the keys j with j < prefix or
 // ranges[b, i, 0] <= j < ranges[b, i, 1]: causal and full attention, packed documents, padding are ranges. bias float32
 // [1 | B, H, Sk], or [1] for none, is added to the products before they are scaled by 1 / sqrt(D). lse float32
 // [B, H, Sq]: natural log of the sum of exp(score). A query that sees no key gives 0 and lse 0. What lies on the device
-// cannot be checked before the launch: ranges and prefix are cut to 0 .. Sk where they are read.
+// cannot be checked before the launch: ranges and prefix are cut to 0 .. Sk where they are read. A NaN may spread from
+// a key or query to those of its block that do not see it: they have weight 0, and 0 times NaN is NaN.
 #pragma once
 
 #include "abi.h"
@@ -19,8 +20,19 @@
 namespace run_llm {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kHidden = -INFINITY;  // the score of a key that is not seen
 constexpr int kMostDim = 128;
+constexpr const char* kTooWide =
+    "its heads are wider than 128, the most that these kernels take: use the reference operators (KERNELS=reference)";
+constexpr const char* kDtypes = "these kernels take float32, bfloat16 and float16: cast q, k and v to one of them";
 constexpr int kMostBatch = 65535;  // of a grid's second and third size
+
+/// Of the kernels for fp32 tensors alone.
+inline void require_float32(const Args& args) {
+  args.require(args.next_is("float32"), "q",
+               "this kernel takes float32: cast q, k and v to it, or call attention_forward and attention_backward, "
+               "which take bfloat16 and float16 too");
+}
 
 /// A bias as it is added: one below -1e29 hides its key, as -infinity does.
 DEVICE float bias_term(float bias) { return bias < -1e29f ? -INFINITY : bias; }
@@ -66,7 +78,7 @@ struct Attention {
   /// Numbers from one position to the next in q, out, dout, dq; in k, v, dk, dv.
   DEVICE int64_t q_stride() const { return static_cast<int64_t>(heads) * dim; }
   DEVICE int64_t k_stride() const { return static_cast<int64_t>(kv_heads) * dim; }
-  /// Where a head of a batch row begins in them.
+  /// Where a head of a batch row begins in them. inputs() has seen to it that the positions of all rows can be counted.
   DEVICE int64_t q_start(int b, int head) const { return b * queries * q_stride() + static_cast<int64_t>(head) * dim; }
   DEVICE int64_t k_start(int b, int kv) const { return b * keys * k_stride() + static_cast<int64_t>(kv) * dim; }
   DEVICE int64_t lse_start(int b, int head) const { return (static_cast<int64_t>(b) * heads + head) * queries; }
@@ -116,8 +128,11 @@ struct Attention {
     call.kv_heads = static_cast<int>(args.size("K"));
     call.dim = static_cast<int>(args.size("D"));
     args.require(call.heads % call.kv_heads == 0, "k", "its number of heads must divide that of q");
-    args.require(call.dim <= kMostDim, "q", "its heads are wider than 128, the most that these kernels take");
+    args.require(call.dim <= kMostDim, "q", kTooWide);
     args.require(call.batch <= kMostBatch && call.heads <= kMostBatch, "q", "more than 65535 rows or heads");
+    constexpr int64_t kMostPositions = int64_t{1} << 31;
+    args.require(int64_t{call.batch} * call.queries < kMostPositions, "q", "2^31 positions or more in all rows");
+    args.require(int64_t{call.batch} * call.keys < kMostPositions, "k", "2^31 positions or more in all rows");
     call.ranges = args.input<int32_t>("ranges", "R Sq 2");
     const int64_t range_rows = args.size("R");
     args.require(range_rows == 1 || range_rows == call.batch, "ranges", "its first size must be 1 or the batch");

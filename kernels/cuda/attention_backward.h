@@ -1,5 +1,5 @@
-// What every FlashAttention-2 backward needs before its kernels of tiles: delta, and which keys each block of queries
-// sees. Both are computed once and read by many blocks.
+// What the backwards for fp32 tensors, exact and in 3xTF32, need before their kernels of tiles: delta, and which keys
+// each block of queries sees. Both are computed once and read by many blocks.
 #pragma once
 
 #include "attention.h"

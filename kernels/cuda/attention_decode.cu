@@ -99,7 +99,7 @@ void take_query(Args& args, Decode<T, Cache>& call) {
   call.tokens = small(args, "q", "S");
   call.heads = small(args, "q", "H");
   call.dim = small(args, "q", "D");
-  args.require(call.dim <= kMostDim, "q", "its heads are wider than 128");
+  args.require(call.dim <= kMostDim, "q", kTooWide);
   args.require(args.size("B") * args.size("S") < 1 << 30 && args.size("B") * args.size("S") * args.size("H") < 1 << 30,
                "q", "2^30 rows or more");
 }
@@ -165,11 +165,13 @@ void paged(Args& args) {
 KERNEL(attention_cached) {
   if (args.next_is("bfloat16")) return cached<bf16>(args);
   if (args.next_is("float16")) return cached<fp16>(args);
-  cached<float>(args);
+  if (args.next_is("float32")) return cached<float>(args);
+  args.require(false, "q", kDtypes);
 }
 
 KERNEL(attention_paged) {
   if (args.next_is("bfloat16")) return paged<bf16>(args);
   if (args.next_is("float16")) return paged<fp16>(args);
-  paged<float>(args);
+  if (args.next_is("float32")) return paged<float>(args);
+  args.require(false, "q", kDtypes);
 }

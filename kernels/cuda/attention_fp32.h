@@ -5,9 +5,8 @@
 
 namespace run_llm {
 
-constexpr float kHidden = -INFINITY;  // the score of a key that is not seen
-
-/// The weight of a key, from lse in the logarithm of base 2. One that is not seen has none, also where lse is no number.
+/// The weight of a key, from lse in the logarithm of base 2. One that is not seen has none, also where lse is no
+/// number.
 DEVICE float weight_of(float score, float scale_log2, float lse_log2) {
   return score == kHidden ? 0.f : exp2_fast(score * scale_log2 - lse_log2);
 }
@@ -53,7 +52,12 @@ DEVICE void multiply_rows(float (&to)[kLeft][kRight], const float* left, int lef
     for (int j = 0; j < kRight; ++j) {
       const float4 b = *reinterpret_cast<const float4*>(right + j * kRightStep * right_stride + d);
       UNROLL
-      for (int i = 0; i < kLeft; ++i) to[i][j] += a[i].x * b.x + a[i].y * b.y + a[i].z * b.z + a[i].w * b.w;
+      for (int i = 0; i < kLeft; ++i) {  // one at a time: four fused multiply-adds
+        to[i][j] += a[i].x * b.x;
+        to[i][j] += a[i].y * b.y;
+        to[i][j] += a[i].z * b.z;
+        to[i][j] += a[i].w * b.w;
+      }
     }
   }
 }

@@ -29,7 +29,8 @@ struct Tiles {
   using Sums = float[kMyRows][kMyDims];
 
   template <bool kVectors>
-  static DEVICE void copy(float (&to)[kBlock][kStride], const float* from, int64_t stride, int block, int rows, int dim) {
+  static DEVICE void copy(float (&to)[kBlock][kStride], const float* from, int64_t stride, int block, int rows,
+                          int dim) {
     copy_rows<kDim, kBlock, kStride, kThreads, kVectors>(to[0], from, stride, block * kBlock, rows, dim);
   }
   static DEVICE void multiply(Products& to, const float (&left)[kBlock][kStride], const float (&right)[kBlock][kStride],
@@ -38,7 +39,8 @@ struct Tiles {
   }
   /// Rows of weights times `right`.
   DEVICE void add_weighted(Sums& to, const float (&right)[kBlock][kStride], int x, int y) const {
-    add_products<kMyRows, kMyDims, kDown, kBlock>(to, weights[y], kWeightStride, &right[0][4 * x], kStride, 4 * kAcross);
+    add_products<kMyRows, kMyDims, kDown, kBlock>(to, weights[y], kWeightStride, &right[0][4 * x], kStride,
+                                                  4 * kAcross);
   }
   DEVICE void put_weights(const Products& from, int x, int y) {
     UNROLL
@@ -48,7 +50,8 @@ struct Tiles {
   }
   /// Sums times `scale` into the rows of a block of a head.
   template <bool kVectors>
-  static DEVICE void store(float* to, Sums& sums, float scale, int64_t stride, int block, int rows, int dim, int x, int y) {
+  static DEVICE void store(float* to, Sums& sums, float scale, int64_t stride, int block, int rows, int dim, int x,
+                           int y) {
     UNROLL
     for (int i = 0; i < kMyRows; ++i) {
       const int row = block * kBlock + y + i * kDown;
@@ -184,7 +187,8 @@ KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
 
   const int end = seen.end<kBlock>();
   int n = seen.begin<kBlock>();
-  T::template copy<kVectors>(shared.dout, call.dout + call.q_start(b, head), call.q_stride(), block, call.queries, call.dim);
+  T::template copy<kVectors>(shared.dout, call.dout + call.q_start(b, head), call.q_stride(), block, call.queries,
+                             call.dim);
   T::template copy<kVectors>(shared.q, call.q + call.q_start(b, head), call.q_stride(), block, call.queries, call.dim);
   copy_async_commit();  // of their own: there may be no value to fetch
   if (n < end) fetch_values(n);
@@ -233,7 +237,8 @@ KERNEL_FUNCTION __launch_bounds__(Tiles<kDim>::kThreads, 1)
     n = next;
   }
   copy_async_wait<0>();
-  T::template store<kVectors>(call.dq + call.q_start(b, head), dq, scale, call.q_stride(), block, call.queries, call.dim, x, y);
+  T::template store<kVectors>(call.dq + call.q_start(b, head), dq, scale, call.q_stride(), block, call.queries,
+                              call.dim, x, y);
 }
 
 template <int kDim>

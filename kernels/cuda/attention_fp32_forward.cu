@@ -37,10 +37,12 @@ KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float sc
   const Seen seen = Seen::of(call, b, first, T::kRows);
 
   const auto fetch_keys = [&](int n) {
-    copy_rows<kDim, T::kKeys, T::kStride, T::kThreads, kVectors>(shared.k[0], k, call.k_stride(), n * T::kKeys, call.keys,
-                                                                 call.dim);
-    if (bias && thread < T::kKeys)
-      copy_async_4(&shared.bias[thread], bias + n * T::kKeys + thread, n * T::kKeys + thread < call.keys);
+    copy_rows<kDim, T::kKeys, T::kStride, T::kThreads, kVectors>(shared.k[0], k, call.k_stride(), n * T::kKeys,
+                                                                 call.keys, call.dim);
+    if (bias && thread < T::kKeys) {
+      const int key = n * T::kKeys + thread;
+      copy_async_4(&shared.bias[thread], bias + (key < call.keys ? key : 0), key < call.keys);
+    }
     copy_async_commit();
   };
   const auto fetch_values = [&](int n) {
@@ -57,7 +59,8 @@ KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float sc
   if (n < end) fetch_keys(n);
   if (n < end) fetch_values(n);
 
-  if (thread < T::kRows) shared.ranges[thread] = first + thread < call.queries ? call.range(b, first + thread) : make_int2(0, 0);
+  if (thread < T::kRows)
+    shared.ranges[thread] = first + thread < call.queries ? call.range(b, first + thread) : make_int2(0, 0);
   float largest[T::kMyRows], sum[T::kMyRows], out[T::kMyRows][T::kMyColumns];
   UNROLL
   for (int i = 0; i < T::kMyRows; ++i) {
@@ -102,9 +105,11 @@ KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float sc
       UNROLL
       for (int j = 0; j < T::kMyKeys; ++j) row_largest = fmaxf(row_largest, scores[i][j]);
       UNROLL
-      for (int other = 1; other < T::kAcross; other *= 2) row_largest = fmaxf(row_largest, shuffle_xor(row_largest, other));
+      for (int other = 1; other < T::kAcross; other *= 2)
+        row_largest = fmaxf(row_largest, shuffle_xor(row_largest, other));
       const float shift = row_largest == kHidden ? 0.f : row_largest * scale;  // nothing seen yet: weights of 0
-      const float factor = exp2_fast(largest[i] * scale - shift);
+      // 1 where the maximum stays: the exponent would not quite be 0, as its terms round apart.
+      const float factor = row_largest == largest[i] ? 1.f : exp2_fast(largest[i] * scale - shift);
       largest[i] = row_largest;
       float row_sum = 0;
       UNROLL
@@ -141,7 +146,8 @@ KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float sc
     for (int c = 0; c < T::kMyColumns; ++c) out[i][c] *= inverse;
     store_row<T::kMyColumns, kVectors>(call.out + call.q_start(b, head) + query * call.q_stride(), out[i], 4 * x,
                                        4 * T::kAcross, call.dim);
-    if (x == 0) call.lse[call.lse_start(b, head) + query] = sum[i] == 0 ? 0.f : largest[i] * (scale * kLn2) + logf(sum[i]);
+    if (x == 0)
+      call.lse[call.lse_start(b, head) + query] = sum[i] == 0 ? 0.f : largest[i] * (scale * kLn2) + logf(sum[i]);
   }
 }
 

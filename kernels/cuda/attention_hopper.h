@@ -10,10 +10,12 @@
 
 namespace run_llm {
 
-constexpr float kHidden = -INFINITY;  // the score of a key that is not seen
+constexpr const char* kHopperDtypes =
+    "these kernels take bfloat16 and float16: cast q, k and v to one of them, or call attention_forward and "
+    "attention_backward, which take float32 too";
 constexpr int kTileRows = 64;         // of a warpgroup's product
 
-/// Bulk copies start at multiples of 16 bytes.
+/// Bulk copies start at multiples of 16 bytes, and results are written 16 bytes at a time.
 inline void require_aligned(const Args& args, const void* tensor, const char* name) {
   args.require(reinterpret_cast<uintptr_t>(tensor) % 16 == 0, name, "it does not begin at a multiple of 16 bytes");
 }
@@ -60,10 +62,11 @@ DEVICE void start_scores(float (&to)[kRows / 2], const uint16_t (&left)[kParts][
 
 /// Start to += left right, [64 x 64 kParts] of [64 x kRows] in registers and [kRows x 64 kParts]; a group.
 template <class T, int kParts, int kRows>
-DEVICE void start_sums(float (&to)[32 * kParts], const uint32_t (&left)[kRows / 16][4],
+DEVICE void start_sums(float (&to)[32 * kParts], uint32_t (&left)[kRows / 16][4],
                        const uint16_t (&right)[kParts][kRows][kSwizzledColumns]) {
   const uint64_t b = mn_major_descriptor(right, kRows * kSwizzledRow);
   hold(to);
+  hold(left);
   wgmma_fence();
   UNROLL
   for (int i = 0; i < kRows / 16; ++i)
@@ -100,7 +103,7 @@ DEVICE void add_bias(float (&scores)[kCount], const float* bias, int first, int 
     UNROLL
     for (int e = 0; e < 2; ++e) {
       const int key = first + 8 * i + e;
-      const float added = key < keys ? bias[key] : 0.f;
+      const float added = key < keys ? bias_term(bias[key]) : 0.f;
       scores[4 * i + e] += added;
       scores[4 * i + 2 + e] += added;
     }

@@ -55,6 +55,9 @@ void backward(Args& args) {
   auto* stream = static_cast<cudaStream_t>(args.stream());
   require_hopper_shapes(args, call);
   require_aligned(args, call.dout, "dout");
+  require_aligned(args, call.dq, "dq");
+  require_aligned(args, call.dk, "dk");
+  require_aligned(args, call.dv, "dv");
   Prepared prepared{};
   prepared.tiles_count = (call.queries + kTileRows - 1) / kTileRows;
   prepared.padded = prepared.tiles_count * kTileRows;
@@ -77,8 +80,7 @@ void backward(Args& args) {
 using namespace run_llm;
 
 KERNEL(attention_hopper_backward) {
-  if (args.next_is("float16"))
-    backward<fp16>(args);
-  else
-    backward<bf16>(args);
+  if (args.next_is("bfloat16")) return backward<bf16>(args);
+  if (args.next_is("float16")) return backward<fp16>(args);
+  args.require(false, "q", kHopperDtypes);
 }

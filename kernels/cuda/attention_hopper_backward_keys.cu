@@ -101,7 +101,7 @@ DEVICE void weigh(float (&scores)[kTileRows / 2], const float4* rows, const int4
   const int pair = static_cast<int>(threadIdx.x) % 4;
   float added[2] = {0, 0};
   if constexpr (kBias)
-    for (int j = 0; j < 2; ++j) added[j] = key + 8 * j < keys ? bias[key + 8 * j] : 0.f;
+    for (int j = 0; j < 2; ++j) added[j] = key + 8 * j < keys ? bias_term(bias[key + 8 * j]) : 0.f;
   UNROLL
   for (int i = 0; i < kTileRows / 8; ++i) {
     const float4 both = rows[4 * i + pair];

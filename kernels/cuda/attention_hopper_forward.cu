@@ -99,7 +99,8 @@ struct Softmax {
       most = fmaxf(most, shuffle_xor(most, 1));
       most = fmaxf(most, shuffle_xor(most, 2));
       const float shift = most == kHidden ? 0.f : most * scale;  // nothing seen yet: weights of 0
-      factor[j] = exp2_fast(largest[j] * scale - shift);
+      // 1 where the maximum stays: the exponent would not quite be 0, as its terms round apart.
+      factor[j] = most == largest[j] ? 1.f : exp2_fast(largest[j] * scale - shift);
       largest[j] = most;
       float row_sum = 0;
       UNROLL
@@ -247,6 +248,7 @@ void attend_any(Args& args) {
   const auto call = Attention<T>::forward(args);
   auto* stream = static_cast<cudaStream_t>(args.stream());
   require_hopper_shapes(args, call);
+  require_aligned(args, call.out, "out");
   if (call.dim == 64)
     attend_with<T, 64>(call, stream);
   else
@@ -259,8 +261,7 @@ void attend_any(Args& args) {
 using namespace run_llm;
 
 KERNEL(attention_hopper_forward) {
-  if (args.next_is("float16"))
-    attend_any<fp16>(args);
-  else
-    attend_any<bf16>(args);
+  if (args.next_is("bfloat16")) return attend_any<bf16>(args);
+  if (args.next_is("float16")) return attend_any<fp16>(args);
+  args.require(false, "q", kHopperDtypes);
 }

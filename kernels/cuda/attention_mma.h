@@ -11,7 +11,6 @@
 
 namespace run_llm {
 
-constexpr float kUnseen = -INFINITY;  // the score of a key that is not seen
 
 /// Heads are copied 8 numbers at a time: what a head's width is rounded up to.
 inline int whole_chunks(int dim) { return (dim + 7) / 8 * 8; }
@@ -204,7 +203,7 @@ DEVICE void begin_with(Sums<kDown, kAcross>& sums, const float* bias) {
   }
 }
 
-/// Scores of keys that a query does not see become kUnseen; `query` and `key` are the lane's first.
+/// Scores of keys that a query does not see become kHidden; `query` and `key` are the lane's first.
 template <class T, int kDown, int kAcross>
 DEVICE void hide(Sums<kDown, kAcross>& scores, const Attention<T>& call, int b, int query, int key, int prefix) {
   query = fresh(query);
@@ -220,7 +219,7 @@ DEVICE void hide(Sums<kDown, kAcross>& scores, const Attention<T>& call, int b, 
         for (int e = 0; e < 2; ++e) {
           const int column = key + 8 * j + e;
           const bool sees = column < prefix || (range.x <= column && column < range.y);
-          if (!sees) scores[i][j][2 * half + e] = kUnseen;
+          if (!sees) scores[i][j][2 * half + e] = kHidden;
         }
     }
 }

@@ -64,7 +64,7 @@ struct Walk {
   DEVICE bool sees_all(int block) const { return whole >> block % 32 & 1; }
 };
 
-/// Scores [keys][queries] of keys that a query does not see become kUnseen; `key` is the lane's first.
+/// Scores [keys][queries] of keys that a query does not see become kHidden; `key` is the lane's first.
 template <int kDown, int kAcross>
 DEVICE void hide_transposed(Sums<kDown, kAcross>& scores, const int2* ranges, int key, int prefix) {
   UNROLL
@@ -78,7 +78,7 @@ DEVICE void hide_transposed(Sums<kDown, kAcross>& scores, const int2* ranges, in
         for (int half = 0; half < 2; ++half) {
           const int row = key + i * 16 + half * 8;
           const bool sees = row < prefix || (range.x <= row && row < range.y);
-          if (!sees) scores[i][j][2 * half + e] = kUnseen;
+          if (!sees) scores[i][j][2 * half + e] = kHidden;
         }
     }
 }
@@ -214,12 +214,13 @@ void sum_with(const Attention<T>& call, const Prepared& prepared, float scale, c
          scale);
 }
 
-/// Blocks of 128 keys if they are enough for the whole GPU, else of 64.
+/// Blocks of 128 keys if they are enough for the whole GPU, and find room in its shared memory, else of 64.
 template <class T, int kDim>
 void sum_in_blocks(const Attention<T>& call, const Prepared& prepared, float scale, cudaStream_t stream) {
   constexpr int kTiles = kDim <= 64 ? 2 : 1;
   const int64_t blocks = static_cast<int64_t>(call.batch) * call.kv_heads * ((call.keys + 127) / 128);
-  if (blocks >= multiprocessors()) return sum_with<T, kDim, 8 / kTiles, kTiles>(call, prepared, scale, stream);
+  if (blocks >= multiprocessors() && sizeof(Shared<kDim, 8 / kTiles, kTiles>) <= shared_memory_limit())
+    return sum_with<T, kDim, 8 / kTiles, kTiles>(call, prepared, scale, stream);
   sum_with<T, kDim, 4, 1>(call, prepared, scale, stream);
 }
 

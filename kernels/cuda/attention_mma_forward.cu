@@ -43,7 +43,7 @@ struct Softmax {
     UNROLL
     for (int i = 0; i < kTiles; ++i)
       UNROLL
-      for (int half = 0; half < 2; ++half) largest[i][half] = kUnseen, sum[i][half] = 0;
+      for (int half = 0; half < 2; ++half) largest[i][half] = kHidden, sum[i][half] = 0;
   }
 
   /// Scores become weights 2^(scale (score - largest)), and `out` is brought down to the same largest score.
@@ -62,7 +62,8 @@ struct Softmax {
         row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 1));
         row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 2));
         grown = grown || row_largest > largest[i][half];
-        factor[i][half] = exp2_fast(largest[i][half] * scale - shift(row_largest, scale));
+        // The difference first: 1 where the maximum stays. fminf: also where no key has been seen, infinities in both.
+        factor[i][half] = exp2_fast(fminf((largest[i][half] - row_largest) * scale, 0.f));
         largest[i][half] = row_largest;
       }
     if (any_lane(grown)) {
@@ -95,7 +96,7 @@ struct Softmax {
   /// What scaled scores are reduced by; 0 as long as no key has been seen, for weights of 0.
   static DEVICE float shift(float largest, float scale) {
     const float scaled = largest * scale;
-    return scaled == kUnseen ? 0.f : scaled;
+    return scaled == kHidden ? 0.f : scaled;
   }
 };
 
@@ -115,7 +116,7 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, kDim * kTiles <= 64 ? 3 : 2) attend(
                                          call.dim);
     const int key = n * kKeys + thread;
     if (call.bias && thread < kKeys)
-      copy_async_4(&shared.bias[buffer][thread], call.bias_of(b, head) + key, key < call.keys);
+      copy_async_4(&shared.bias[buffer][thread], call.bias_of(b, head) + (key < call.keys ? key : 0), key < call.keys);
   };
 
   const Seen found = Seen::of(call, b, first, Shared::kRows);
@@ -128,7 +129,7 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, kDim * kTiles <= 64 ? 3 : 2) attend(
   if (n < end) fetch_keys(n, buffer);
   copy_async_commit();
   const unsigned char* my_q = shared.q + warp_row * Tile::kRowBytes;
-  
+
   uint32_t held[Tile::kSteps][kTiles][4];
   if constexpr (kHoldQueries) {
     copy_async_wait<0>();

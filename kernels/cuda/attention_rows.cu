@@ -56,6 +56,7 @@ void attend_rows(const Attention<float>& call, cudaStream_t stream) {
 
 /// attention_forward of attention.h, in float32.
 KERNEL(attention_rows_forward) {
+  require_float32(args);
   const auto call = Attention<float>::forward(args);
   auto* stream = static_cast<cudaStream_t>(args.stream());
   if (call.dim <= 64) return attend_rows<64>(call, stream);

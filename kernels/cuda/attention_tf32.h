@@ -5,8 +5,8 @@
 //
 // The sums of a 16 x 8 product lie in a warp's lanes as [row / 8 * 2 + column % 2] of lane 4 (row % 8) + column / 2.
 // Which of the 8 terms of a sum a lane holds is free, as long as both factors agree: with terms 2 t and 2 t + 1 in lane
-// t of 4, where the instruction speaks of t and t + 4, weights are factors in the lanes that computed them, and a lane's
-// numbers are neighbours in memory.
+// t of 4, where the instruction speaks of t and t + 4, weights are factors in the lanes that computed them, and a
+// lane's numbers are neighbours in memory.
 #pragma once
 
 #include <cstring>

@@ -1,7 +1,7 @@
 // FlashAttention-2 (arXiv 2307.08691), backward, fp32 tensors, with 3xTF32 products on the tensor cores, without
 // atomics. The formulas and the two kernels are those of attention_fp32_backward.cu; here a block of 4 warps keeps 64
-// rows of two tensors in shared memory, 16 rows a warp, and 16 or 32 rows of the other two pass by. Weights and d_scores
-// become left factors in the lanes that computed them.
+// rows of two tensors in shared memory, 16 rows a warp, and 16 or 32 rows of the other two pass by. Weights and
+// d_scores become left factors in the lanes that computed them.
 #include "attention_backward.h"
 #include "attention_tf32.h"
 

@@ -1,7 +1,7 @@
 // FlashAttention-2 (arXiv 2307.08691), forward, fp32 tensors, with 3xTF32 products on the tensor cores.
 //
-// A block of 4 warps takes 64 queries of one head, 16 a warp, and walks over the blocks of 64 or 32 keys that they see. A
-// warp computes its queries' scores, weights and outputs alone: the scores of a query lie in 4 lanes, and become left
+// A block of 4 warps takes 64 queries of one head, 16 a warp, and walks over the blocks of 64 or 32 keys that they see.
+// A warp computes its queries' scores, weights and outputs alone: the scores of a query lie in 4 lanes, and become left
 // factors of the product with the values where they are. The next keys come while weights meet the values, the next
 // values while scores are computed.
 #include "attention_tf32.h"
@@ -94,7 +94,8 @@ KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float sc
       row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 1));
       row_largest = fmaxf(row_largest, shuffle_xor(row_largest, 2));
       const float shift = row_largest == kHidden ? 0.f : row_largest * scale;  // nothing seen yet: weights of 0
-      const float factor = exp2_fast(largest[half] * scale - shift);
+      // 1 where the maximum stays: the exponent would not quite be 0, as its terms round apart.
+      const float factor = row_largest == largest[half] ? 1.f : exp2_fast(largest[half] * scale - shift);
       largest[half] = row_largest;
       sum[half] *= factor;
       UNROLL

@@ -100,7 +100,8 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1) forward(Attention<float> call, fl
   const Tile p = memory.tile(kQueries, kKeys);     // S_ij, then P~_ij
   const Tile factors = memory.tile(kQueries, 2);  // of O_i and of P~_ij V_j
 
-  each_element(call.queries, dim, [&](int i, int d) { o[i * call.q_stride() + d] = 0; });  // O = 0
+  for (int i = 0; i < call.queries; ++i)  // O = 0
+    each_element(1, dim, [&](int, int d) { o[i * call.q_stride() + d] = 0; });
   for (int i = thread; i < call.queries; i += kThreads) {
     l[i] = 0;        // l = 0
     m[i] = kHidden;  // m = -infinity
@@ -147,8 +148,8 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1) backward(Attention<float> call, f
   const Tile deltas = memory.tile(kQueries, 1);
 
   for (int head = kv * group; head < (kv + 1) * group; ++head)  // dQ = 0
-    each_element(call.queries, dim,
-                 [&](int i, int d) { call.dq[call.q_start(b, head) + i * call.q_stride() + d] = 0; });
+    for (int i = 0; i < call.queries; ++i)
+      each_element(1, dim, [&](int, int d) { call.dq[call.q_start(b, head) + i * call.q_stride() + d] = 0; });
   for (int j = 0; j < call.keys; j += kKeys) {                                   // for each block j of keys
     load(k, kKeys, call.k + call.k_start(b, kv), call.k_stride(), j, call.keys);  // load K_j
     load(v, kKeys, call.v + call.k_start(b, kv), call.k_stride(), j, call.keys);  // load V_j
@@ -203,14 +204,18 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1) backward(Attention<float> call, f
 
 /// The operators of attention.h, in float32.
 KERNEL(attention_v1_forward) {
+  require_float32(args);
   const auto call = Attention<float>::forward(args);
   auto* stream = static_cast<cudaStream_t>(args.stream());
-  const size_t numbers = Tile::size(kQueries + 2 * kKeys, call.dim) + Tile::size(kQueries, kKeys) + Tile::size(kQueries, 2);
+  const size_t numbers =
+      Tile::size(kQueries + 2 * kKeys, call.dim) + Tile::size(kQueries, kKeys) + Tile::size(kQueries, 2);
   const Scratch<float> sums(static_cast<size_t>(call.batch) * call.heads * call.queries, stream);
-  launch(forward, dim3(call.heads, call.batch), kThreads, numbers * sizeof(float), stream, call, call.scale(), sums.get());
+  launch(forward, dim3(call.heads, call.batch), kThreads, numbers * sizeof(float), stream, call, call.scale(),
+         sums.get());
 }
 
 KERNEL(attention_v1_backward) {
+  require_float32(args);
   const auto call = Attention<float>::backward(args);
   auto* stream = static_cast<cudaStream_t>(args.stream());
   const size_t numbers =

@@ -186,6 +186,13 @@ DEVICE void hold(float (&registers)[kCount]) {
   UNROLL
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
+template <int kCount>
+DEVICE void hold(uint32_t (&registers)[kCount][4]) {
+  UNROLL
+  for (int i = 0; i < kCount; ++i)
+    UNROLL
+    for (int c = 0; c < 4; ++c) asm volatile("" : "+r"(registers[i][c])::"memory");
+}
 
 // The numbers of the operands in an instruction's text, and the sums as operands.
 #define RUN_LLM_NAMES_32                                                                          \

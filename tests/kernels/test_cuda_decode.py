@@ -270,8 +270,10 @@ def test_refusals_name_the_argument(emulator):
     refused("attention_cached", "bias: its last size", q, k, k, columns, start, np.zeros((1, 4, 8), np.float32))
     refused("attention_cached", "bias: its first size", q, k, k, columns, start, np.zeros((3, 4, 9), np.float32))
     wide = np.zeros((1, 1, 1, 129), np.float32)
-    refused("attention_cached", "q: its heads are wider than 128", wide, wide[0], wide[0], columns, start[:1], NONE)
+    refused("attention_cached", "q: its heads are wider than 128.*reference", wide, wide[0], wide[0], columns,
+            start[:1], NONE)
     refused("attention_paged", "k_pages: its heads", q[:, :, :3].copy(), pages, pages, table, start, start, NONE)
     refused("attention_paged", "block_table: expected", q, pages, pages, table[:1], start, start, NONE)
     refused("attention_paged", "bias: its last", q, pages, pages, table, start, start, np.zeros((1, 4, 9), np.float32))
-    refused("attention_paged", "q: expected float32", q.astype(np.float64), pages, pages, table, start, start, NONE)
+    refused("attention_paged", "q: these kernels take float32, bfloat16 and float16", q.astype(np.float64), pages,
+            pages, table, start, start, NONE)

@@ -6,6 +6,7 @@ import attention_oracle as oracle
 import numpy as np
 import pytest
 from elementwise import placed
+from small_gpu import small_gpu
 from test_attention import NONE, backward, forward
 
 from llm_core.kernels import KernelError
@@ -141,6 +142,16 @@ def test_wrong_arguments_are_named(emulator, kernel):
     assert refusal(heads=3).startswith(f"{kernel}: k: its number of heads must divide")
     assert refusal(dtype=np.float64).startswith(f"{kernel}: q: ")
     assert "float32" in refusal(dtype=np.float64)
+    if "_tf32" in kernel or "v1" in kernel or "rows" in kernel:
+        assert "call attention_forward and attention_backward" in refusal(dtype=np.float16)
+
+
+def test_a_gpu_with_little_shared_memory_is_named(emulator):
+    """A block of the fp32 kernels at D 128 finds no room in 99 KB."""
+    case = oracle.Case(1, 5, 5, 1, 1, 128, oracle.causal_ranges(5, 5))
+    with small_gpu(emulator), pytest.raises(KernelError, match=(
+            r"needs \d{6} bytes of shared memory .* 101376 .*A100.*KERNELS=reference")):
+        forward(emulator, case, *case.tensors()[:3])
 
 
 def test_none_means_no_bias(emulator):

@@ -144,11 +144,46 @@ def test_full_attention_over_many_tiles(emulator, q_len, k_len):
     check(emulator, oracle.Case(1, q_len, k_len, 1, 1, 128, oracle.full_ranges(q_len, k_len)), "float16")
 
 
+@pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min, -1e30])
+def test_a_bias_may_hide_keys(emulator, lowest):
+    """As an additive mask would: some keys of one head, all of another, which gives 0."""
+    bias = np.zeros((1, 2, 150), np.float32)
+    bias[:, 0, :100] = bias[:, 1] = lowest
+    case = oracle.Case(1, 70, 150, 2, 2, 64, oracle.full_ranges(70, 150), bias)
+    (q, k, v, dout), wide = zip(*(stored(x, "bfloat16") for x in case.tensors()), strict=True)
+    out, lse = attend(emulator, case, q, k, v, "bfloat16")
+    grads = [output(read(x).shape, "bfloat16") for x in (q, k, v)]
+    emulator.call("attention_hopper_backward", q, k, v, *settings(case), out, lse, dout, outputs=grads)
+    shown = np.array([[[100, 150]]], np.int32).repeat(70, 1)
+    wanted = [oracle.attention(*wide[:3], shown)[0], *oracle.attention_gradients(*wide[:3], shown, None, 0, wide[3])]
+    for found, reference in zip(map(read, [out, *grads]), wanted, strict=True):
+        assert relative(found[:, :, 0], reference[:, :, 0]) < 2 * ROUNDING["bfloat16"]
+        assert not found[:, :, 1].any()
+    assert not lse[:, 1].any()
+
+
+@pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
+def test_an_output_that_begins_between_multiples_of_16_bytes_is_refused(emulator, name):
+    case = CASES["causal"]
+    (q, k, v, dout), _ = zip(*(stored(x, "float16") for x in case.tensors()), strict=True)
+    outputs = {each: np.empty(q.shape, np.float16) for each in ("out", "dq", "dk", "dv")}
+    room = np.zeros(q.size + 8, np.float16)
+    begin = (2 - room.ctypes.data) % 16 // 2
+    outputs[name] = room[begin : begin + q.size].reshape(q.shape)
+    out, *grads = outputs.values()
+    lse = np.zeros((case.batch, case.heads, case.q_len), np.float32)
+    with pytest.raises(KernelError, match=f": {name}: it does not begin at a multiple of 16 bytes"):
+        if name == "out":
+            emulator.call("attention_hopper_forward", q, k, v, *settings(case), outputs=[out, lse])
+        else:
+            emulator.call("attention_hopper_backward", q, k, v, *settings(case), q, lse, dout, outputs=grads)
+
+
 def test_other_widths_and_dtypes_are_refused(emulator):
     case = oracle.cases()["head_dim 96"]
     tensors = [stored(x, "bfloat16")[0] for x in case.tensors()[:3]]
     with pytest.raises(KernelError, match="attention_hopper_forward: q: its heads are neither 64 nor 128 wide"):
         attend(emulator, case, *tensors, "bfloat16")
     q, k, v, _ = CASES["causal"].tensors()
-    with pytest.raises(KernelError, match=r"attention_hopper_forward: q: .*bfloat16"):
+    with pytest.raises(KernelError, match=r"attention_hopper_forward: q: .*bfloat16 and float16.*attention_forward"):
         attend(emulator, CASES["causal"], q, k, v, "bfloat16")

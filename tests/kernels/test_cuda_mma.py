@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from bfloat16 import rounded, to_bfloat16, widened
 from elementwise import relative
+from small_gpu import small_gpu
 from test_attention import settings
 
 from llm_core.kernels import BFloat16
@@ -96,6 +97,13 @@ def test_bfloat16(emulator, name):
 def test_float16(emulator, name):
     emulator.seed(1)
     check(emulator, CASES[name], "float16")
+
+
+@pytest.mark.parametrize("dim", [24, 60, 90, 128])
+def test_a_small_gpu_takes_every_width(emulator, dim):
+    """Blocks of 128 keys at D 128 do not find room in 99 KB of shared memory."""
+    with small_gpu(emulator):
+        check(emulator, CASES[f"many heads of {dim}"], "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("packed documents", "float16"), ("grouped", "bfloat16"),
@@ -201,6 +209,7 @@ def test_packed_documents_cost_the_sum_of_their_squares(emulator):
         numbers = case.tensors()
         numbers[3][:, hurt] = np.nan
         visited["dv"] += step * np.isnan(run(emulator, case, numbers, "bfloat16")[4][0, :, 0, 0]).sum()
-    # Causal, in blocks of 128 by 64: of a document of n blocks of 128 positions, n (n + 1) / 2 pairs of such blocks.
+    # Causal, in blocks of 128 by 64, which the emulator's few multiprocessors are given (a GPU gets 64 by 64 here): of
+    # a document of n blocks of 128 positions, n (n + 1) / 2 pairs of such blocks.
     pairs = sum(n // 128 * (n // 128 + 1) // 2 for n in lengths)
     assert visited == dict.fromkeys(visited, pairs * 128**2)

@@ -38,6 +38,8 @@ void wgmma_wait() {
 
 template <int kCount>
 void hold(float (&)[kCount]) {}
+template <int kCount>
+void hold(uint32_t (&)[kCount][4]) {}
 
 /// The number of an operand in shared memory at position `mn` of M or N and `k` of the sum.
 template <class T>
