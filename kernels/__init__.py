@@ -106,7 +106,7 @@ def cuda_library() -> Library:
 
 def emulator() -> Emulator:
     """The CUDA kernels with the GPU's threads emulated, for tests on a CPU. KernelsUnavailable."""
-    return Emulator(built(emulator_target()), "emulator")
+    return Emulator(built(emulator_target(fused="avx2" in available())), "emulator")
 
 
 @cache

@@ -54,12 +54,15 @@ def debugging() -> bool:
     return os.environ.get("CUDA_DEBUG", "0") not in ("", "0")
 
 
-def emulator_target(sources: tuple[Path, ...] = EMULATOR_SOURCES) -> Target:
-    """The CUDA kernels' sources for the CPU, under kernels/cuda/emulator."""
+def emulator_target(sources: tuple[Path, ...] = EMULATOR_SOURCES, fused: bool = False) -> Target:
+    """The CUDA kernels' sources for the CPU, under kernels/cuda/emulator.
+
+    fused: this processor has fused multiply-adds. A GPU's compiler makes them wherever it may, and rounding differs.
+    """
     debug = debugging()
     # The C library's checks of longjmp take a jump to another fiber's stack for an error.
     optimised = ("-O0", "-g") if debug else ("-O2",)
-    flags = (*COMMON, *optimised, "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
+    flags = (*COMMON, *optimised, *(("-mfma",) if fused else ()), "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
     return Target(f"emulator{'_debug' if debug else ''}", "CUDA kernels for the emulator", sources, flags,
                   special=(("*.cu", ("-x", "c++")),))
 

@@ -45,6 +45,16 @@ def run(emulator, case: oracle.Case, tensors: tuple[np.ndarray, ...], name: str)
     return [*found, *gradients]
 
 
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_forward_tf32"])
+def test_a_long_row_does_not_drift(emulator, kernel):
+    """128 blocks of keys, most of which leave the maximum as it is: what has been summed must stay as it is, too, though
+    a fused multiply-add finds another difference between two equal numbers than 0."""
+    case = oracle.Case(1, 8, 8192, 1, 1, 64, oracle.full_ranges(8, 8192))
+    q, *others = case.tensors()
+    tensors = (8 * q, *others)  # the difference grows with the scores
+    check(list(forward(emulator, case, *tensors[:3], kernel)), case, tensors)
+
+
 @pytest.mark.parametrize("kernel", FORWARD)
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_in_any_order_of_threads(emulator, name, kernel):
