@@ -116,8 +116,10 @@ int guarded(const char* kernel, void (*body)(Args&), Args& args) {
     return 0;
   } catch (const std::bad_alloc&) {
     error_text = std::string(kernel) + ": not enough memory for its scratch space";
-  } catch (const std::exception& error) {
+  } catch (const std::logic_error& error) {  // of Args, which has named the kernel
     error_text = error.what();
+  } catch (const std::exception& error) {
+    error_text = std::string(kernel) + ": " + error.what();
   }
   std::fprintf(stderr, "run_llm kernels: %s\n", error_text.c_str());
   return 1;

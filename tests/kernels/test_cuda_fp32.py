@@ -47,8 +47,8 @@ def run(emulator, case: oracle.Case, tensors: tuple[np.ndarray, ...], name: str)
 
 @pytest.mark.parametrize("kernel", ["attention_forward", "attention_forward_tf32"])
 def test_a_long_row_does_not_drift(emulator, kernel):
-    """128 blocks of keys, most of which leave the maximum as it is: what has been summed must stay as it is, too, though
-    a fused multiply-add finds another difference between two equal numbers than 0."""
+    """128 blocks of keys, most of which leave the maximum as it is: what has been summed must stay as it is, too,
+    though a fused multiply-add finds another difference between two equal numbers than 0."""
     case = oracle.Case(1, 8, 8192, 1, 1, 64, oracle.full_ranges(8, 8192))
     q, *others = case.tensors()
     tensors = (8 * q, *others)  # the difference grows with the scores
