@@ -13,6 +13,8 @@
 // a key or query to those of its block that do not see it: they have weight 0, and 0 times NaN is NaN.
 #pragma once
 
+#include <type_traits>
+
 #include "abi.h"
 #include "instructions.h"
 #include "launch.h"
@@ -149,6 +151,15 @@ struct Attention {
     return call;
   }
 };
+
+/// f of the narrowest width that kernels of tiles are compiled for and a head of `dim` numbers fits in, as a constant.
+template <class F>
+void at_width(int dim, F f) {
+  if (dim <= 32) return f(std::integral_constant<int, 32>());
+  if (dim <= 64) return f(std::integral_constant<int, 64>());
+  if (dim <= 96) return f(std::integral_constant<int, 96>());
+  f(std::integral_constant<int, kMostDim>());
+}
 
 /// Which keys a block of queries sees: [0, prefix) and [some.x, some.y) by one query at least, [all.x, all.y) by all.
 struct Seen {

@@ -257,10 +257,7 @@ void differentiate(const Attention<float>& call, cudaStream_t stream) {
 }  // namespace
 
 void attention_fp32_backward(const Attention<float>& call, cudaStream_t stream) {
-  if (call.dim <= 32) return differentiate<32>(call, stream);
-  if (call.dim <= 64) return differentiate<64>(call, stream);
-  if (call.dim <= 96) return differentiate<96>(call, stream);
-  differentiate<128>(call, stream);
+  at_width(call.dim, [&](auto width) { differentiate<width()>(call, stream); });
 }
 
 }  // namespace run_llm

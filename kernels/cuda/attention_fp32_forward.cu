@@ -162,10 +162,7 @@ void attend_with(const Attention<float>& call, cudaStream_t stream) {
 }  // namespace
 
 void attention_fp32_forward(const Attention<float>& call, cudaStream_t stream) {
-  if (call.dim <= 32) return attend_with<32>(call, stream);
-  if (call.dim <= 64) return attend_with<64>(call, stream);
-  if (call.dim <= 96) return attend_with<96>(call, stream);
-  attend_with<128>(call, stream);
+  at_width(call.dim, [&](auto width) { attend_with<width()>(call, stream); });
 }
 
 }  // namespace run_llm

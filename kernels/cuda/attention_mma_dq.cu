@@ -141,10 +141,7 @@ void sum_in_blocks(const Attention<T>& call, const Prepared& prepared, float sca
 
 template <class T>
 void attention_mma_dq(const Attention<T>& call, const Prepared& prepared, float scale, cudaStream_t stream) {
-  if (call.dim <= 32) return sum_in_blocks<T, 32>(call, prepared, scale, stream);
-  if (call.dim <= 64) return sum_in_blocks<T, 64>(call, prepared, scale, stream);
-  if (call.dim <= 96) return sum_in_blocks<T, 96>(call, prepared, scale, stream);
-  sum_in_blocks<T, 128>(call, prepared, scale, stream);
+  at_width(call.dim, [&](auto width) { sum_in_blocks<T, width()>(call, prepared, scale, stream); });
 }
 
 template void attention_mma_dq(const Attention<bf16>&, const Prepared&, float, cudaStream_t);

@@ -211,10 +211,7 @@ void attend_in_blocks(const Attention<T>& call, float scale, cudaStream_t stream
 
 template <class T>
 void attend_aligned(const Attention<T>& call, float scale, cudaStream_t stream) {
-  if (call.dim <= 32) return attend_in_blocks<T, 32>(call, scale, stream);
-  if (call.dim <= 64) return attend_in_blocks<T, 64>(call, scale, stream);
-  if (call.dim <= 96) return attend_in_blocks<T, 96>(call, scale, stream);
-  attend_in_blocks<T, 128>(call, scale, stream);
+  at_width(call.dim, [&](auto width) { attend_in_blocks<T, width()>(call, scale, stream); });
 }
 
 }  // namespace

@@ -91,6 +91,13 @@ DEVICE void multiply_weights_tf32(float (&sums)[4][4], const Factor<4> (&weights
   }
 }
 
+/// Sums of zero, for add_weighted_tf32.
+template <int kChunks>
+DEVICE void clear_sums(float (&sums)[kChunks][4][4]) {
+  UNROLL
+  for (int c = 0; c < kChunks; ++c) clear(sums[c]);
+}
+
 /// sums += weights [16][8 kTiles] times as many rows of `right`, as above. Tensor cores cut off what does not fit a sum
 /// instead of rounding it: so the products of at most 32 rows are summed on their own there and added by the fp32
 /// units, or long sums would drift towards zero.
@@ -119,7 +126,7 @@ DEVICE void add_weighted_tf32(float (&sums)[kChunks][4][4], const float (&weight
   }
 }
 
-/// Row r (half 0) or r + 8 (half 1) of sums as multiply_weights_tf32 leaves them, 32 columns each, times `factor`.
+/// Row r (half 0) or r + 8 (half 1) of sums as add_weighted_tf32 leaves them, 32 columns each, times `factor`.
 template <bool kVectors, int kChunks>
 DEVICE void store_row_tf32(float* row, const float (&sums)[kChunks][4][4], int half, float factor, int dim) {
   UNROLL

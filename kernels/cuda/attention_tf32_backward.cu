@@ -27,12 +27,6 @@ DEVICE void copy(float (&to)[kCount][kDim + 4], const float* from, int64_t strid
   copy_rows<kDim, kCount, kDim + 4, kThreads, kVectors>(to[0], from, stride, block * kCount, rows, dim);
 }
 
-template <int kChunks>
-DEVICE void clear_sums(float (&sums)[kChunks][4][4]) {
-  UNROLL
-  for (int c = 0; c < kChunks; ++c) clear(sums[c]);
-}
-
 /// dk and dv of 64 keys of one key head, from all query heads that read it. Rows of products are keys.
 template <int kDim, bool kVectors>
 KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
@@ -231,10 +225,7 @@ void differentiate(const Attention<float>& call, cudaStream_t stream) {
 }  // namespace
 
 void attention_tf32_backward(const Attention<float>& call, cudaStream_t stream) {
-  if (call.dim <= 32) return differentiate<32>(call, stream);
-  if (call.dim <= 64) return differentiate<64>(call, stream);
-  if (call.dim <= 96) return differentiate<96>(call, stream);
-  differentiate<128>(call, stream);
+  at_width(call.dim, [&](auto width) { differentiate<width()>(call, stream); });
 }
 
 }  // namespace run_llm

@@ -57,8 +57,7 @@ KERNEL_FUNCTION __launch_bounds__(128, 1) attend(Attention<float> call, float sc
     shared.ranges[thread] = first + thread < call.queries ? call.range(b, first + thread) : make_int2(0, 0);
 
   float largest[2] = {kHidden, kHidden}, sum[2] = {0, 0}, out[kChunks][4][4];  // of rows r and r + 8
-  UNROLL
-  for (int c = 0; c < kChunks; ++c) clear(out[c]);
+  clear_sums(out);
 
   while (n < end) {
     const int next = seen.next<T::kKeys>(n);
@@ -147,10 +146,7 @@ void attend_with(const Attention<float>& call, cudaStream_t stream) {
 }  // namespace
 
 void attention_tf32_forward(const Attention<float>& call, cudaStream_t stream) {
-  if (call.dim <= 32) return attend_with<32>(call, stream);
-  if (call.dim <= 64) return attend_with<64>(call, stream);
-  if (call.dim <= 96) return attend_with<96>(call, stream);
-  attend_with<128>(call, stream);
+  at_width(call.dim, [&](auto width) { attend_with<width()>(call, stream); });
 }
 
 }  // namespace run_llm
