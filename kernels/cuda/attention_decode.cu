@@ -149,6 +149,7 @@ void paged(Args& args) {
   cache.tokens = call.tokens;
   cache.pages = small(args, "k_pages", "NB");
   cache.page = small(args, "k_pages", "P");
+  cache.in_pages = Quotient::by(cache.page);
   cache.block_table = args.input<int32_t>("block_table", "B M");
   cache.blocks = small(args, "block_table", "M");
   const int64_t positions = static_cast<int64_t>(cache.blocks) * cache.page;

@@ -46,15 +46,35 @@ struct Contiguous {
   DEVICE int end(int, int token) const { return cut(columns[token], -1, positions - 1) + 1; }
 };
 
+/// x / divisor for 0 <= x < 2^31 and 0 < divisor < 2^31 by a multiplication and a shift. (For a division by a number
+/// that it does not know, the compiler makes a dozen instructions.) `factor` is 2^shift / divisor, rounded up, and
+/// divisor <= 2^(shift - 31): so x * factor / 2^shift is beyond x / divisor by less than x / 2^shift <= 1 / divisor,
+/// too little to reach the next whole number.
+struct Quotient {
+  uint32_t factor;
+  int shift;
+
+  static Quotient by(int divisor) {
+    int shift = 31;
+    while (int64_t{1} << (shift - 31) < divisor) ++shift;
+    return {static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor), shift};
+  }
+  DEVICE int of(int x) const {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(x)) * factor >> shift);
+  }
+};
+
 /// The same of attention_paged.
 struct Paged {
   int positions, heads, dim;  // of a row: blocks * page
   int tokens, pages, page, blocks;
+  Quotient in_pages;
   const int *block_table, *lengths;
 
   DEVICE int64_t at(int b, int kv, int j) const {
-    const int number = cut(block_table[static_cast<int64_t>(b) * blocks + j / page], 0, pages - 1);
-    return ((static_cast<int64_t>(number) * page + j % page) * heads + kv) * dim;
+    const int block = in_pages.of(j), slot = j - block * page;
+    const int number = cut(block_table[static_cast<int64_t>(b) * blocks + block], 0, pages - 1);
+    return ((static_cast<int64_t>(number) * page + slot) * heads + kv) * dim;
   }
   DEVICE int end(int b, int token) const {
     const int seen = cut(lengths[b], 0, positions) - tokens + token + 1;
