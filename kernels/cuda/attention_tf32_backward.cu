@@ -1,7 +1,12 @@
 // FlashAttention-2 (arXiv 2307.08691), backward, fp32 tensors, with 3xTF32 products on the tensor cores, without
 // atomics. The formulas and the two kernels are those of attention_fp32_backward.cu; here a block of 4 warps keeps 64
 // rows of two tensors in shared memory, 16 rows a warp, and 16 or 32 rows of the other two pass by. Weights and
-// d_scores become left factors in the lanes that computed them.
+// d_scores become left factors in the lanes that computed them. Both kernels begin a step with the product of dout and
+// the values: the other tensor's rows, which were fetched last, may still be on their way.
+//
+// Why these sizes. dk and dv take D registers of a lane's 255, scores and d_scores as many as there are passing rows.
+// Shared memory at D 128 is 80 KB and 192 bytes, so that two blocks fit into an A100's 164 KB; registers allow two as
+// well, at D 32 four, and three of the queries' kernel at D 64, which has one sum instead of two.
 #include "attention_backward.h"
 #include "attention_tf32.h"
 
@@ -13,30 +18,27 @@ constexpr int kThreads = 128, kRows = kThreads / 32 * 16;
 template <int kDim>
 struct Tiles {
   static constexpr int kColumns = kDim <= 64 ? 32 : 16;  // of a step; with 32 the widest heads run out of registers
-  static constexpr int kTiles = kColumns / 8, kChunks = kDim / 32;
-  static constexpr int kStride = kDim + 4;  // weights meet rows two apart: 8 lanes of 16 bytes use all banks
-  using Products = float[kTiles][4];        // row r + 8 (e / 2), column 8 j + 2 t + e % 2
-  using Sums = float[kChunks][4][4];
-  float own[2][kRows][kStride];             // k and v, or q and dout
-  float passing[2][kColumns][kStride];      // the others
+  float own[2][kRows * kDim];         // k and v, or q and dout
+  float passing[2][kColumns * kDim];  // the others
   float lse[kColumns], delta[kColumns], bias[kColumns];
 };
 
 template <int kDim, int kCount, bool kVectors>
-DEVICE void copy(float (&to)[kCount][kDim + 4], const float* from, int64_t stride, int block, int rows, int dim) {
-  copy_rows<kDim, kCount, kDim + 4, kThreads, kVectors>(to[0], from, stride, block * kCount, rows, dim);
+DEVICE void copy(float* to, const float* from, int64_t stride, int block, int rows, int dim) {
+  Rows<kDim>::template copy<kCount, kThreads, kVectors>(to, from, stride, block * kCount, rows, dim);
 }
 
 /// dk and dv of 64 keys of one key head, from all query heads that read it. Rows of products are keys.
 template <int kDim, bool kVectors>
-KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
+KERNEL_FUNCTION __launch_bounds__(kThreads, kDim == 32 ? 4 : 1)
     differentiate_keys(Attention<float> call, float scale, SeenBlocks blocks, const float* delta) {
   using T = Tiles<kDim>;
-  constexpr int kColumns = T::kColumns, kTiles = T::kTiles;
+  using R = Rows<kDim>;
+  constexpr int kColumns = T::kColumns;
   T& shared = *shared_memory<T>();
-  auto &k = shared.own[0], &v = shared.own[1];
-  auto &q = shared.passing[0], &dout = shared.passing[1];
-  const int thread = static_cast<int>(threadIdx.x), r = thread % 32 / 4, t = thread % 4, row = thread / 32 * 16 + r;
+  float *k = shared.own[0], *v = shared.own[1], *q = shared.passing[0], *dout = shared.passing[1];
+  const int thread = static_cast<int>(threadIdx.x), warp_row = thread / 32 * 16;
+  const int rows_lane = R::rows_lane(), weights_lane = R::weights_lane();
   const int n = static_cast<int>(blockIdx.x), kv = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int group = call.heads / call.kv_heads;
   auto step = QuerySteps<kRows>::of(blocks.of_row(b), blocks.blocks, n, kv * group, (kv + 1) * group);
@@ -67,18 +69,22 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
   copy_async_commit();  // of their own: there may be no query to fetch
   if (!step.done()) fetch_dout();
   if (!step.done()) fetch_queries();
-  typename T::Sums dk, dv;
-  clear_sums(dk);
-  clear_sums(dv);
+  typename R::template Sums<1> dk, dv;
+  R::clear_sums(dk);
+  R::clear_sums(dv);
   while (!step.done()) {
-    typename T::Products scores;
+    Products<1, kColumns / 8> scores, d_scores;  // row r + 8 (i / 2), column 8 j + 2 t + i % 2
+    copy_async_wait<1>();  // all but the queries
+    __syncthreads();
+    R::multiply(d_scores, v + warp_row * kDim, dout, rows_lane);
     copy_async_wait<0>();
     __syncthreads();
-    multiply_rows_tf32<kTiles, kDim>(scores, &k[row][4 * t], T::kStride, &q[r][4 * t], T::kStride);
+    R::multiply(scores, k + warp_row * kDim, q, rows_lane);
 
     const float* bias = call.bias_of(b, step.head);
     const Seen& seen = step.seen[step.block];
     const bool whole = seen.whole<kRows>(n);
+    const int lane = fresh(thread) % 32, row = warp_row + lane / 4, t = lane % 4;  // the loop has no registers to spare
     float added[2] = {0, 0};
     UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -86,7 +92,7 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
       if (bias && key < call.keys) added[half] = bias_term(bias[key]);
     }
     UNROLL
-    for (int j = 0; j < kTiles; ++j)
+    for (int j = 0; j < kColumns / 8; ++j)
       UNROLL
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * j + 2 * t + e, query = step.block * kColumns + column;
@@ -96,46 +102,45 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
         for (int half = 0; half < 2; ++half) {
           const int key = n * kRows + row + 8 * half, i = 2 * half + e;
           const bool sees = whole || key < seen.prefix || (range.x <= key && key < range.y);
-          scores[j][i] = weight_of(sees ? scores[j][i] + added[half] : kHidden, scale * kLog2E, lse_log2);
+          const float score = sees ? scores[0][j][i] + added[half] : kHidden;
+          scores[0][j][i] = weight_of(score, scale * kLog2E, lse_log2);
         }
       }
-    add_weighted_tf32(dv, scores, &dout[2 * t][4 * r], T::kStride);
-
-    typename T::Products d_scores;
-    multiply_rows_tf32<kTiles, kDim>(d_scores, &v[row][4 * t], T::kStride, &dout[r][4 * t], T::kStride);
+    R::add_weighted(dv, scores, dout, weights_lane);
     UNROLL
-    for (int j = 0; j < kTiles; ++j)
+    for (int j = 0; j < kColumns / 8; ++j)
       UNROLL
       for (int i = 0; i < 4; ++i)
-        d_scores[j][i] = scores[j][i] * (d_scores[j][i] - shared.delta[8 * j + 2 * t + i % 2]);
+        d_scores[0][j][i] = scores[0][j][i] * (d_scores[0][j][i] - shared.delta[8 * j + 2 * t + i % 2]);
     __syncthreads();  // nobody reads lse, delta and dout any more
     step = step.next();
     if (!step.done()) fetch_dout();
-    add_weighted_tf32(dk, d_scores, &q[2 * t][4 * r], T::kStride);
+    R::add_weighted(dk, d_scores, q, weights_lane);
     __syncthreads();  // nor the queries
     if (!step.done()) fetch_queries();
   }
   copy_async_wait<0>();
   UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int key = n * kRows + row + 8 * half;
+    const int key = n * kRows + warp_row + thread % 32 / 4 + 8 * half;
     if (key >= call.keys) continue;
     const int64_t at = call.k_start(b, kv) + key * call.k_stride();
-    store_row_tf32<kVectors>(call.dk + at, dk, half, scale, call.dim);
-    store_row_tf32<kVectors>(call.dv + at, dv, half, 1, call.dim);
+    store_row_tf32<kVectors>(call.dk + at, dk[0], half, scale, call.dim);
+    store_row_tf32<kVectors>(call.dv + at, dv[0], half, 1, call.dim);
   }
 }
 
 /// dq of 64 queries of one head. Rows of products are queries.
 template <int kDim, bool kVectors>
-KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
+KERNEL_FUNCTION __launch_bounds__(kThreads, kDim == 32 ? 4 : 1)
     differentiate_queries(Attention<float> call, float scale, const float* delta) {
   using T = Tiles<kDim>;
-  constexpr int kColumns = T::kColumns, kTiles = T::kTiles;
+  using R = Rows<kDim>;
+  constexpr int kColumns = T::kColumns;
   T& shared = *shared_memory<T>();
-  auto &q = shared.own[0], &dout = shared.own[1];
-  auto &k = shared.passing[0], &v = shared.passing[1];
-  const int thread = static_cast<int>(threadIdx.x), r = thread % 32 / 4, t = thread % 4, row = thread / 32 * 16 + r;
+  float *q = shared.own[0], *dout = shared.own[1], *k = shared.passing[0], *v = shared.passing[1];
+  const int thread = static_cast<int>(threadIdx.x), r = thread % 32 / 4, t = thread % 4, warp_row = thread / 32 * 16;
+  const int row = warp_row + r, rows_lane = R::rows_lane(), weights_lane = R::weights_lane();
   const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);  // the longest causal rows first
   const int head = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z), kv = call.kv_head(head);
   const float* bias = call.bias_of(b, head);
@@ -172,31 +177,31 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
     lse_log2[half] = valid ? call.given_lse[call.lse_start(b, head) + query] * kLog2E : 0.f;
     row_delta[half] = valid ? delta[call.lse_start(b, head) + query] : 0.f;
   }
-  typename T::Sums dq;
-  clear_sums(dq);
+  typename R::template Sums<1> dq;
+  R::clear_sums(dq);
   while (n < end) {
     const int next = seen.next<kColumns>(n);
-    typename T::Products scores, d_scores;
+    Products<1, kColumns / 8> scores, d_scores;
     copy_async_wait<1>();  // all but the keys
     __syncthreads();
-    multiply_rows_tf32<kTiles, kDim>(d_scores, &dout[row][4 * t], T::kStride, &v[r][4 * t], T::kStride);
+    R::multiply(d_scores, dout + warp_row * kDim, v, rows_lane);
     copy_async_wait<0>();
     __syncthreads();  // nobody reads these values any more
     if (next < end) fetch_values(next);
-    multiply_rows_tf32<kTiles, kDim>(scores, &q[row][4 * t], T::kStride, &k[r][4 * t], T::kStride);
+    R::multiply(scores, q + warp_row * kDim, k, rows_lane);
 
     const bool whole = seen.whole<kColumns>(n);
     UNROLL
-    for (int j = 0; j < kTiles; ++j)
+    for (int j = 0; j < kColumns / 8; ++j)
       UNROLL
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * j + 2 * t + i % 2, key = n * kColumns + column, half = i / 2;
         const float added = bias ? bias_term(shared.bias[column]) : 0.f;
         const bool sees = whole || key < seen.prefix || (ranges[half].x <= key && key < ranges[half].y);
-        const float weight = weight_of(sees ? scores[j][i] + added : kHidden, scale * kLog2E, lse_log2[half]);
-        d_scores[j][i] = weight * (d_scores[j][i] - row_delta[half]);
+        const float weight = weight_of(sees ? scores[0][j][i] + added : kHidden, scale * kLog2E, lse_log2[half]);
+        d_scores[0][j][i] = weight * (d_scores[0][j][i] - row_delta[half]);
       }
-    add_weighted_tf32(dq, d_scores, &k[2 * t][4 * r], T::kStride);
+    R::add_weighted(dq, d_scores, k, weights_lane);
     __syncthreads();  // nor these keys
     if (next < end) fetch_keys(next);
     n = next;
@@ -206,7 +211,7 @@ KERNEL_FUNCTION __launch_bounds__(kThreads, 1)
   for (int half = 0; half < 2; ++half) {
     const int query = block * kRows + row + 8 * half;
     if (query < call.queries)
-      store_row_tf32<kVectors>(call.dq + call.q_start(b, head) + query * call.q_stride(), dq, half, scale, call.dim);
+      store_row_tf32<kVectors>(call.dq + call.q_start(b, head) + query * call.q_stride(), dq[0], half, scale, call.dim);
   }
 }
 
