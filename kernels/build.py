@@ -64,7 +64,7 @@ def emulator_target(sources: tuple[Path, ...] = EMULATOR_SOURCES, fused: bool = 
     optimised = ("-O0", "-g") if debug else ("-O2",)
     flags = (*COMMON, *optimised, *(("-mfma",) if fused else ()), "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
     return Target(f"emulator{'_debug' if debug else ''}", "CUDA kernels for the emulator", sources, flags,
-                  special=(("*.cu", ("-x", "c++")),))
+                  special=(("*.cu", ("-x", "c++", "-fsanitize=thread")),))
 
 
 def built(target: Target) -> Path:

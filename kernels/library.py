@@ -113,6 +113,9 @@ class Emulator(Library):
         with ExitStack() as stack:
             addresses = [stack.enter_context(_fenced(array, read_only=index < inputs))
                          for index, array in enumerate(arrays)]
+            for address, array in zip(addresses[inputs:], arrays[inputs:], strict=True):
+                self._library.emulator_watch(ctypes.c_void_p(address), ctypes.c_size_t(array.nbytes))
+                stack.callback(self._library.emulator_unwatch, ctypes.c_void_p(address))
             yield addresses
 
 

@@ -15,18 +15,24 @@ constexpr const char* kHopperDtypes =
     "attention_backward, which take float32 too";
 constexpr int kTileRows = 64;         // of a warpgroup's product
 
-/// Bulk copies start at multiples of 16 bytes, and results are written 16 bytes at a time.
-inline void require_aligned(const Args& args, const void* tensor, const char* name) {
+/// Results are written 16 bytes at a time.
+inline void require_writable(const Args& args, const void* tensor, const char* name) {
   args.require(reinterpret_cast<uintptr_t>(tensor) % 16 == 0, name, "it does not begin at a multiple of 16 bytes");
+}
+/// Copies of boxes that swizzle start at multiples of 128 bytes (CUDA's Programming Guide; the driver's own check is
+/// for 16).
+inline void require_boxes(const Args& args, const void* tensor, const char* name) {
+  args.require(reinterpret_cast<uintptr_t>(tensor) % 128 == 0, name,
+               "it does not begin at a multiple of 128 bytes; attention_forward and attention_backward take any");
 }
 
 template <class T>
 void require_hopper_shapes(const Args& args, const Attention<T>& call) {
   args.require(call.dim == 64 || call.dim == 128, "q",
                "its heads are neither 64 nor 128 wide; attention_forward and attention_backward take any up to 128");
-  require_aligned(args, call.q, "q");
-  require_aligned(args, call.k, "k");
-  require_aligned(args, call.v, "v");
+  require_boxes(args, call.q, "q");
+  require_boxes(args, call.k, "k");
+  require_boxes(args, call.v, "v");
 }
 
 /// Where in the ring of stages a tile lies. parity: of the phase in which it is filled.
@@ -74,8 +80,9 @@ DEVICE void start_sums(float (&to)[32 * kParts], uint32_t (&left)[kRows / 16][4]
   wgmma_commit();
 }
 
-/// One lane of each warp: this warp needs the stage no more.
+/// A warp needs the stage no more. One lane says so for all: what the others have read comes before it, by __syncwarp().
 DEVICE void give_back(uint64_t* empty) {
+  __syncwarp();
   if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
 }
 

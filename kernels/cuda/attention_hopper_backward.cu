@@ -54,10 +54,10 @@ void backward(Args& args) {
   const auto call = Attention<T>::backward(args);
   auto* stream = static_cast<cudaStream_t>(args.stream());
   require_hopper_shapes(args, call);
-  require_aligned(args, call.dout, "dout");
-  require_aligned(args, call.dq, "dq");
-  require_aligned(args, call.dk, "dk");
-  require_aligned(args, call.dv, "dv");
+  require_boxes(args, call.dout, "dout");
+  require_writable(args, call.dq, "dq");
+  require_writable(args, call.dk, "dk");
+  require_writable(args, call.dv, "dv");
   Prepared prepared{};
   prepared.tiles_count = (call.queries + kTileRows - 1) / kTileRows;
   prepared.padded = prepared.tiles_count * kTileRows;

@@ -248,7 +248,7 @@ void attend_any(Args& args) {
   const auto call = Attention<T>::forward(args);
   auto* stream = static_cast<cudaStream_t>(args.stream());
   require_hopper_shapes(args, call);
-  require_aligned(args, call.out, "out");
+  require_writable(args, call.out, "out");
   if (call.dim == 64)
     attend_with<T, 64>(call, stream);
   else

@@ -140,6 +140,7 @@ struct Tile {
   static DEVICE void store(unsigned char* tile, const Sums<kDown, kDim / 8>& sums, T* to, int64_t stride, int first,
                            int rows, int dim) {
     const int lane = static_cast<int>(threadIdx.x % 32);
+    __syncwarp();  // other lanes may have read what lies there
     UNROLL
     for (int i = 0; i < kDown; ++i)
       UNROLL

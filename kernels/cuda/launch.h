@@ -77,9 +77,13 @@ inline size_t shared_memory_limit() { return emulator::shared_memory_limit(); }
 inline void* allocate(size_t bytes, cudaStream_t) {
   void* memory = ::operator new(bytes, std::align_val_t{256});
   std::memset(memory, 0xff, bytes);  // what a GPU leaves there is as useless
+  emulator::watch(memory, bytes);
   return memory;
 }
-inline void release(void* memory, cudaStream_t) { ::operator delete(memory, std::align_val_t{256}); }
+inline void release(void* memory, cudaStream_t) {
+  emulator::unwatch(memory);
+  ::operator delete(memory, std::align_val_t{256});
+}
 
 #endif
 

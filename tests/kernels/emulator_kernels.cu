@@ -1,5 +1,8 @@
 // Small kernels, some of them wrong, that show what the emulator of kernels/cuda/emulator does: see test_emulator.py.
+#include <atomic>
+
 #include "abi.h"
+#include "hopper.h"
 #include "instructions.h"
 #include "launch.h"
 
@@ -18,6 +21,8 @@ KERNEL_FUNCTION turn(float* to) {
   if (kBarrier) __syncthreads();
   to[number()] = shared[63 - number()];
 }
+
+KERNEL_FUNCTION read_shared(float* to) { to[number()] = shared_memory<float>()[number()]; }
 
 /// One warp hands its numbers to the other: the first goes on, the second waits.
 template <bool kWait>
@@ -95,9 +100,120 @@ KERNEL_FUNCTION half_a_barrier() {
   }
 }
 
-/// to[i] = to[i - 1] + 1 if block i - 1 has come before block i.
+std::atomic<int> turns;
+
+/// to[i] = how many blocks came before block i.
 KERNEL_FUNCTION count_blocks(int* to) {
-  if (number() == 0 && blockIdx.x > 0) to[blockIdx.x] = to[blockIdx.x - 1] + 1;
+  if (number() == 0) to[blockIdx.x] = turns++;
+}
+
+enum Race {
+  kWriteWrite, kWriteRead, kReadWrite, kShuffled, kCopyAfterRead, kWriteUnderCopy, kMatricesAfterWrite, kNamed,
+  kOwnOutput, kTwoBlocksWrite, kReadAnotherBlock, kLaneForAll, kBulkAfterWrite, kUnfencedProduct,
+};
+
+/// A race each, and with kRight what mends it.
+template <bool kRight>
+KERNEL_FUNCTION race(int which, const float* from, float* to) {
+  float* shared = shared_memory<float>();
+  auto* barrier = reinterpret_cast<uint64_t*>(shared + 4096);
+  const int block = static_cast<int>(blockIdx.x), mirror = 63 - number();
+  float found = 0;
+  if (number() == 0) mbarrier_init(barrier, 1);
+  __syncthreads();
+  switch (which) {
+    case kWriteWrite: if (kRight ? number() == 5 : number() % 32 == 5) shared[0] = 1; break;
+    case kWriteRead:
+      shared[number()] = 1;
+      if (kRight) __syncthreads();
+      found = shared[mirror];
+      break;
+    case kReadWrite:
+      found = shared[mirror];
+      if (kRight) __syncthreads();
+      shared[number()] = 1;
+      break;
+    case kShuffled:
+      shared[number()] = 1;
+      shuffle_xor(1.f, 1);  // brings the lanes together, and orders nothing
+      if (kRight) __syncwarp();
+      found = shared[number() ^ 1];
+      break;
+    case kCopyAfterRead:
+      found = shared[mirror];
+      if (kRight) __syncthreads();
+      copy_async_4(shared + number(), from + number(), true);
+      copy_async_commit();
+      copy_async_wait<0>();
+      break;
+    case kWriteUnderCopy:
+      copy_async_4(shared + number(), from + number(), true);
+      copy_async_commit();
+      if (kRight) copy_async_wait<0>();
+      shared[number()] = 1;
+      copy_async_wait<0>();
+      break;
+    case kMatricesAfterWrite: {
+      uint32_t fragment[4];
+      for (int i = 0; i < 4; ++i) shared[number() + 64 * i] = 1;
+      if (kRight) __syncthreads();
+      load_matrices<false>(fragment, shared + 4 * number());
+      break;
+    }
+    case kNamed:  // the first warp reads, and lets the second write
+      if (number() < 32) {
+        if (!kRight) barrier_arrive(1, 64);
+        found = shared[lane()];
+        if (kRight) barrier_arrive(1, 64);
+      } else {
+        barrier_wait(1, 64);
+        shared[lane()] = 1;
+      }
+      break;
+    case kOwnOutput:
+      to[64 * block + number()] = 1;
+      if (kRight) __syncthreads();
+      found = to[64 * block + mirror];
+      break;
+    case kTwoBlocksWrite: to[kRight ? 64 * block + number() : number()] = 1; break;
+    case kReadAnotherBlock:
+      if (block == 0) to[number()] = 1;
+      if (block == 1) found = to[kRight ? 64 + number() : number()];
+      break;
+    case kLaneForAll:  // the first warp reads, and one of its lanes lets the second write
+      if (number() < 32) {
+        found = shared[lane()];
+        if (kRight) __syncwarp();
+        if (lane() == 0) mbarrier_arrive(barrier);
+      } else {
+        mbarrier_wait(barrier, 0);
+        shared[lane()] = 1;
+      }
+      break;
+    case kBulkAfterWrite:
+      if (number() == 0) {
+        mbarrier_arrive_expect(barrier, 256);
+        copy_bytes(shared, from, 256, barrier);
+      }
+      if (kRight) mbarrier_wait(barrier, 0);
+      found = shared[number()];
+      mbarrier_wait(barrier, 0);
+      break;
+    case kUnfencedProduct: {  // 128 threads, zeros
+      float sum[32] = {};
+      for (int i = 0; i < 16; ++i) reinterpret_cast<uint32_t*>(shared)[16 * number() + i] = 0;
+      if (kRight) fence_async();
+      __syncthreads();
+      const uint64_t tile = k_major_descriptor(shared);
+      wgmma_fence();
+      multiply_async<bf16, 64, false>(sum, tile, tile, false);
+      wgmma_commit();
+      wgmma_wait<0>();
+      found = sum[0];
+      break;
+    }
+  }
+  if (found == -1) to[0] = found;  // read in earnest
 }
 
 KERNEL_FUNCTION nothing() {}
@@ -198,6 +314,7 @@ void copy_all(Args& args, void (*kernel)(const float*, float*), const char* to) 
 
 KERNEL(turn) { launch(turn<true>, dim3(1), 64, 256, nullptr, args.output<float>("to", "64")); }
 KERNEL(turn_without_barrier) { launch(turn<false>, dim3(1), 64, 256, nullptr, args.output<float>("to", "64")); }
+KERNEL(read_shared) { launch(read_shared, dim3(1), 64, 256, nullptr, args.output<float>("to", "64")); }
 KERNEL(hand_over) { launch(hand_over<true>, dim3(1), 64, 256, nullptr, args.output<float>("to", "32")); }
 KERNEL(hand_over_unawaited) { launch(hand_over<false>, dim3(1), 64, 256, nullptr, args.output<float>("to", "32")); }
 KERNEL(copy_twice_wait_for_none) { copy_all(args, copy_twice<2>, "64 2"); }
@@ -216,6 +333,13 @@ KERNEL(half_a_barrier) {
 KERNEL(count_blocks) {
   auto* to = args.output<int32_t>("to", "N");
   launch(count_blocks, dim3(static_cast<unsigned>(args.size("N"))), 32, 0, nullptr, to);
+}
+KERNEL(race) {
+  const int which = *args.input<int32_t>("which", "1"), right = *args.input<int32_t>("right", "1");
+  const auto* from = args.input<float>("from", "64");
+  auto* to = args.output<float>("to", "128");
+  launch(right ? race<true> : race<false>, dim3(2), which == kUnfencedProduct ? 128 : 64, 16400, nullptr, which, from,
+         to);
 }
 KERNEL(launch_nothing) {
   const auto* sizes = args.input<int32_t>("sizes", "5");  // of the grid, of a block, of shared memory

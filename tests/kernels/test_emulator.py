@@ -45,30 +45,74 @@ def distinct(found: list[np.ndarray]) -> int:
     ("turn", "turn_without_barrier", np.arange(63, -1, -1)),
     ("hand_over", "hand_over_unawaited", np.arange(32)),
 ])
-def test_a_missing_barrier_shows_as_a_result_that_changes_with_the_seed(small, right, wrong, wanted):
+def test_a_missing_barrier_is_a_race(small, right, wrong, wanted):
     to = np.zeros(len(wanted), np.float32)
     assert all(np.array_equal(found, wanted) for found in results(small, right, to=to))
-    found = results(small, wrong, to=to)
-    assert distinct(found) > 1 and np.isnan(found).any(), "what nobody has written yet is a NaN"
+    with pytest.raises(KernelError, match="a race: thread .* with no barrier in between: byte"):
+        results(small, wrong, to=to, seeds=1)
 
 
-def test_the_same_seed_gives_the_same_result(small):
-    first, second = (results(small, "turn_without_barrier", to=np.zeros(64, np.float32)) for _ in range(2))
-    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second, strict=True))
+RACES = [  # in the order of emulator_kernels.cu
+    "writes what thread (5|37) has written",
+    "(reads what thread .* has written|writes what thread .* has read), with no barrier in between",
+    "(writes what thread .* has read|reads what thread .* has written), with no barrier in between",
+    "(reads what thread .* has written|writes what thread .* has read), with no barrier in between",
+    "(writes what thread .* has read|reads what an asynchronous copy writes|reads what thread .* has written)",
+    "writes where an asynchronous copy writes",
+    "(reads what thread .* has written|writes what thread .* has read), with no barrier in between",
+    "(writes what thread .* has read|reads what thread .* has written), with no barrier in between",
+    "(reads what thread .* has written|writes what thread .* has read), with nothing in between",
+    "writes what another block has written",
+    "(reads what another block has written|writes what another block has read)",
+    "(writes what thread .* has read|reads what thread .* has written), with no barrier in between",
+    "reads what an asynchronous copy writes|writes what thread .* has read",
+    "wgmma reads what thread .* has written, with no fence_async",
+]
+
+
+@pytest.mark.parametrize("which", range(len(RACES)))
+def test_a_race_ends_the_launch_whatever_the_order_of_threads(small, which):
+    for seed in range(16):
+        small.seed(seed)
+        for right in (1, 0):
+            arguments = [np.array([which], np.int32), np.array([right], np.int32), FROM]
+            if right:
+                small.call("race", *arguments, outputs=[np.zeros(128, np.float32)])
+                continue
+            with pytest.raises(KernelError, match=RACES[which]):
+                small.call("race", *arguments, outputs=[np.zeros(128, np.float32)])
+
+
+def test_the_same_seed_gives_the_same_order_of_threads(small):
+    def messages():
+        for seed in range(8):
+            small.seed(seed)
+            with pytest.raises(KernelError) as caught:
+                small.call("turn_without_barrier", outputs=[np.zeros(64, np.float32)])
+            yield str(caught.value)
+
+    first, second = list(messages()), list(messages())
+    assert first == second and len(set(first)) > 4
+
+
+def test_shared_memory_begins_as_nans(small):
+    for found in results(small, "read_shared", to=np.zeros(64, np.float32)):
+        assert np.isnan(found).all()
 
 
 def test_blocks_run_in_an_order_that_changes_with_the_seed(small):
-    assert distinct(results(small, "count_blocks", to=np.zeros(16, np.int32))) > 4
+    assert distinct([found - found.min() for found in results(small, "count_blocks", to=np.zeros(16, np.int32))]) > 4
 
 
-@pytest.mark.parametrize(("name", "wanted"), [
-    ("copy_twice_wait_for_none", [np.nan, np.nan]),
-    ("copy_twice_wait_for_one", [1, np.nan]),
-    ("copy_twice_wait_for_both", [1, 5]),
-])
-def test_a_copy_arrives_when_its_thread_waits_for_it_and_no_earlier(small, name, wanted):
-    for found in results(small, name, FROM, to=np.zeros((64, 2), np.float32)):
-        np.testing.assert_array_equal(found, np.tile(np.array(wanted, np.float32), (64, 1)))
+@pytest.mark.parametrize("name", ["copy_twice_wait_for_none", "copy_twice_wait_for_one"])
+def test_who_reads_a_copy_before_the_wait_for_it_ends_the_launch(small, name):
+    with pytest.raises(KernelError, match="a race: thread .* reads what an asynchronous copy writes"):
+        results(small, name, FROM, to=np.zeros((64, 2), np.float32))
+
+
+def test_a_copy_is_there_after_the_wait_for_it(small):
+    for found in results(small, "copy_twice_wait_for_both", FROM, to=np.zeros((64, 2), np.float32)):
+        np.testing.assert_array_equal(found, np.tile(np.array([1, 5], np.float32), (64, 1)))
 
 
 def test_a_copy_that_is_not_valid_brings_zeros(small):

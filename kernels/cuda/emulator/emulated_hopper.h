@@ -1,7 +1,7 @@
 // The functions of hopper.h for the emulator. Everything asynchronous happens as late, or at as bad a moment, as it
 // may:
 //
-// * A bulk copy fills its target with NaNs when it is issued and lands at a random later moment, out of order.
+// * A bulk copy lands at a random later moment, out of order; who looks at its target before ends the launch.
 // * wgmma reads its operands, shared memory and registers alike, when a warp waits for its group, that warp's 16 rows
 //   only; until then the registers of the sums hold NaNs. So a tile given back too early, a left operand overwritten or
 //   a sum read before its wait shows in the results. A product without a wgmma_fence() since the thread's last wait
@@ -13,7 +13,8 @@
 // operands alike, also where a start address lies 32, 64 or 96 bytes inside an atom; the fragments of sums and of a
 // left operand in registers; that a box's numbers outside the tensor are written as zeros, and counted at the barrier;
 // that the wait for the parity before the first phase does not wait; that dynamic shared memory begins at a multiple of
-// 1024.
+// 1024. And two that it does not emulate: copies of boxes that swizzle need global addresses at multiples of 128; a
+// kernel of 384 threads starts with 168 registers each, which is what setmaxnreg shares out (3 x 168 = 24 + 2 x 240).
 #pragma once
 
 #include <map>
@@ -32,11 +33,14 @@ struct Mbarrier {
   int arrivals, pending, bytes;
   int phase;  // the current one's parity
   std::vector<int> waiting;
+  emulator::Gathering arrived;  // clocks of those who have
+  emulator::Snapshot ended;     // their largest at the end of the latest phase
 
   void advance() {
     if (pending || bytes) return;
     phase ^= 1;
     pending = arrivals;
+    ended = arrived.snapshot();
     emulator::wake(waiting);
   }
 };
@@ -98,6 +102,7 @@ inline void in_warpgroup(const char* what, void* mine, const std::function<void(
   group.what = what;
   group.given[thread_number() % kWarpgroup] = mine;
   if (++group.arrived < kWarpgroup) return emulator::wait_in(group.waiting, what);
+  const emulator::Quiet quiet;
   act(group.given);
   group.arrived = 0;
   emulator::wake(group.waiting);
@@ -108,7 +113,7 @@ inline void in_warpgroup(const char* what, void* mine, const std::function<void(
 inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   emulator::check_shared("mbarrier_init", barrier, 8, 8);
   *barrier = Mbarrier::kMagic;
-  HopperBlock::get().barriers[barrier] = Mbarrier{arrivals, arrivals, 0, 0, {}};
+  HopperBlock::get().barriers[barrier] = Mbarrier{arrivals, arrivals, 0, 0, {}, {}, {}};
 }
 inline Mbarrier& mbarrier_at(uint64_t* barrier) {
   auto& barriers = HopperBlock::get().barriers;
@@ -121,14 +126,16 @@ inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
   Mbarrier& state = mbarrier_at(barrier);
   if (--state.pending < 0) emulator::fail("more arrivals at a barrier than it was made for");
   state.bytes += bytes;
+  emulator::release(state.arrived);
   state.advance();
 }
 inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive_expect(barrier, 0); }
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
   Mbarrier& state = mbarrier_at(barrier);
   while (state.phase == parity) emulator::wait_in(state.waiting, "a barrier in shared memory");
+  emulator::acquire(state.ended);
 }
-inline void fence_async() {}
+inline void fence_async() { emulator::fence_async(); }
 
 // ---- bulk copies of boxes
 
@@ -150,7 +157,7 @@ struct TensorMap {
 };
 
 inline TensorMap tensor_map(const void* from, int batch, int rows, int heads, int dim, int box_rows) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 || dim % 8 || box_rows < 1 || box_rows > 256)
+  if (reinterpret_cast<uintptr_t>(from) % 128 || dim % 8 || box_rows < 1 || box_rows > 256)
     throw std::runtime_error("a tensor map: a misaligned tensor, or a box that is none");
   return {static_cast<const unsigned char*>(from), batch, rows, heads, dim, box_rows};
 }
@@ -174,9 +181,10 @@ inline void land(uint32_t to, const TensorMap& map, int column, int head, int ro
 inline void copy_box(void* to, const TensorMap& map, int column, int head, int row, int batch, uint64_t* barrier) {
   const int bytes = map.box_rows * kSwizzledRow;
   emulator::check_shared("a bulk copy", to, static_cast<size_t>(bytes), 1024);
-  std::memset(to, 0xff, static_cast<size_t>(bytes));
-  emulator::later([start = shared_address(to), map, column, head, row, batch, bytes, &state = mbarrier_at(barrier)] {
-    land(start, map, column, head, row, batch);
+  const uint32_t copy = emulator::begin_bulk_copy(to, static_cast<size_t>(bytes));
+  emulator::later([=, &state = mbarrier_at(barrier)] {
+    land(shared_address(to), map, column, head, row, batch);
+    emulator::end_bulk_copy(copy, to, static_cast<size_t>(bytes), state.arrived);
     state.bytes -= bytes;
     state.advance();
   });
@@ -185,9 +193,10 @@ inline void copy_box(void* to, const TensorMap& map, int column, int head, int r
 inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   emulator::check_shared("a bulk copy", to, static_cast<size_t>(bytes), 16);
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a bulk copy: not multiples of 16");
-  std::memset(to, 0xff, static_cast<size_t>(bytes));
-  emulator::later([to, from, bytes, &state = mbarrier_at(barrier)] {
+  const uint32_t copy = emulator::begin_bulk_copy(to, static_cast<size_t>(bytes));
+  emulator::later([=, &state = mbarrier_at(barrier)] {
     std::memcpy(to, from, static_cast<size_t>(bytes));
+    emulator::end_bulk_copy(copy, to, static_cast<size_t>(bytes), state.arrived);
     state.bytes -= bytes;
     state.advance();
   });

@@ -138,6 +138,7 @@ void load_matrices(uint32_t (&to)[4], const void* row) {
     const unsigned char* row;
   } mine{to, static_cast<const unsigned char*>(row)};
   emulator::check_shared("load_matrices", row, 16, 16);
+  emulator::access(row, 16, false);
   emulator::in_warp(kTransposed ? "load_matrices transposed" : "load_matrices", &mine, [](void** lanes) {
     for (int matrix = 0; matrix < 4; ++matrix)
       for (int i = 0; i < emulator::kWarp; ++i) {

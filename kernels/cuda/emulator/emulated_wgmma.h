@@ -41,24 +41,41 @@ void hold(float (&)[kCount]) {}
 template <int kCount>
 void hold(uint32_t (&)[kCount][4]) {}
 
-/// The number of an operand in shared memory at position `mn` of M or N and `k` of the sum.
-template <class T>
-float operand(uint64_t descriptor, bool mn_major, int mn, int k) {
+/// Where the number of an operand in shared memory at position `mn` of M or N and `k` of the sum lies.
+inline unsigned char* operand_place(uint64_t descriptor, bool mn_major, int mn, int k) {
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
     emulator::fail("a matrix descriptor: not the 128-byte swizzle, or a base offset");
   const auto field = [&](int bit) { return static_cast<int>(descriptor >> bit & 0x3fff) << 4; };
   const int start = field(0), leading = field(16), stride = field(32);
   const int offset = mn_major ? mn % 64 * 2 + mn / 64 * leading + k % 8 * kSwizzledRow + k / 8 * stride
                               : mn % 8 * kSwizzledRow + mn / 8 * stride + k * 2;
+  return at_shared("wgmma", swizzled(static_cast<uint32_t>(start + offset)), 2);
+}
+template <class T>
+float operand(uint64_t descriptor, bool mn_major, int mn, int k) {
   T number;
-  std::memcpy(&number, at_shared("wgmma", swizzled(static_cast<uint32_t>(start + offset)), 2), 2);
+  std::memcpy(&number, operand_place(descriptor, mn_major, mn, k), 2);
   return to_float(number);
+}
+
+/// A thread's warp reads positions [first, first + count) of an operand, and 16 of the sum, as of now.
+inline void note_operand(int thread, uint64_t descriptor, bool mn_major, int first, int count) {
+  for (int mn = first; mn < first + count; mn += mn_major ? 8 : 1)  // 8 numbers in a row, 16 bytes, stay together
+    for (int k = 0; k < 16; k += mn_major ? 1 : 8)
+      emulator::read_by_wgmma(thread, operand_place(descriptor, mn_major, mn, k), 16);
+}
+
+template <int kN, bool kTransposed>
+void note_operands(int thread, int first, const ProductLane& lane) {
+  if (!lane.left) note_operand(thread, lane.left_descriptor, false, first, 16);
+  note_operand(thread, lane.right_descriptor, kTransposed, 0, kN);
 }
 
 /// A warp's 16 rows of a product, those from `first` on: sum [16][kN] (+)= left [16][16] right [16][kN].
 template <class T, int kN, bool kTransposed>
-void multiply_warp(int first, const std::vector<ProductLane>& lanes, WarpSums& sums) {
+void multiply_warp(int thread, int first, const std::vector<ProductLane>& lanes, WarpSums& sums) {
   float left[16][16], right[16][kN], sum[16][kN];
+  note_operands<kN, kTransposed>(thread, first, lanes[0]);
   for (int r = 0; r < 16; ++r)
     for (int k = 0; k < 16; ++k) {
       const ProductLane& lane = lanes[static_cast<size_t>(r % 8 * 4 + k % 8 / 2)];
@@ -100,7 +117,10 @@ void issue(ProductLane mine) {
           sums.numbers[i].assign(lanes[i].sum, lanes[i].sum + kN / 2);
           std::memset(lanes[i].sum, 0xff, kN / 2 * sizeof(float));
         }
-      warp.open.push_back({lanes[0].sum, [=](WarpSums& to) { multiply_warp<T, kN, kTransposed>(16 * w, lanes, to); }});
+      const int thread = thread_number() / kWarpgroup * kWarpgroup + w * emulator::kWarp;
+      note_operands<kN, kTransposed>(thread, 16 * w, lanes[0]);  // the read may take place at once, or as late as:
+      warp.open.push_back(
+          {lanes[0].sum, [=](WarpSums& to) { multiply_warp<T, kN, kTransposed>(thread, 16 * w, lanes, to); }});
     }
   });
 }

@@ -38,6 +38,7 @@ struct Copy {
 /// A place where threads wait for each other.
 struct Meeting {
   const char* what = nullptr;
+  Gathering clocks;
   int arrived = 0;
   std::vector<int> waiting;
   void* given[kWarp] = {};
@@ -77,12 +78,11 @@ class Block {
  public:
   Block(int threads, size_t shared_bytes, const std::function<void()>& kernel)
       : kernel_(kernel), shared_bytes_(shared_bytes), fibers_(threads), warps_(threads / kWarp), barriers_(kBarriers),
-        memory_(shared_bytes + kGuard + kSharedAlign) {
-    const auto start = reinterpret_cast<uintptr_t>(memory_.data());
-    shared_ = reinterpret_cast<unsigned char*>((start + kSharedAlign - 1) / kSharedAlign * kSharedAlign);
-  }
+        memory_(shared_bytes + kGuard + kSharedAlign), shared_(aligned(memory_.data())),
+        races(threads, shared_, shared_bytes) {}
 
-  void run(dim3 index, dim3 blocks, unsigned random_seed);
+  void run(dim3 index, dim3 blocks, unsigned random_seed, const std::vector<Watched>& arrays, unsigned launch,
+           size_t number);
 
   void suspend(const char* waits_for) {
     Fiber& fiber = *running_;
@@ -103,14 +103,18 @@ class Block {
     _longjmp(scheduler_, 2);
   }
 
+  /// What those did who came to a meeting comes before what those do who waited.
+  void order(Meeting& meeting) {
+    const Snapshot all = meeting.clocks.snapshot();
+    for (const int thread : meeting.waiting) races.acquire(thread, all);
+    races.acquire(number(), all);
+    meeting.clocks = {};
+  }
+
   Place place;
   std::shared_ptr<void> state;
 
  private:
-  static void enter();
-  int resume();
-  void carry_out_event(unsigned which);
-
   const std::function<void()>& kernel_;
   size_t shared_bytes_;
   std::vector<Fiber> fibers_;
@@ -122,15 +126,37 @@ class Block {
   Fiber* running_ = nullptr;
   jmp_buf scheduler_;
   std::string error_;
+
+ public:
+  Races races;
+
+ private:
+  static unsigned char* aligned(unsigned char* start) {
+    const auto address = reinterpret_cast<uintptr_t>(start);
+    return start + ((address + kSharedAlign - 1) / kSharedAlign * kSharedAlign - address);
+  }
+  static void enter();
+  int resume();
+  void carry_out_event(unsigned which);
 };
 
+thread_local std::vector<Watched> watched;  // by the kernels that this thread launches
+std::atomic<unsigned> launches = 0;
 thread_local Block* current = nullptr;  // null while none runs in this thread
 struct sigaction before_us;
 thread_local Stacks stacks;
 
 struct Running {
-  explicit Running(Block* block) { current = block; }
-  ~Running() { current = nullptr; }
+  Running(Block* block, const std::vector<Watched>& arrays) {
+    current = block;
+    sight = {block->shared(), nullptr, block->shared_bytes(), 0};
+    for (const Watched& array : arrays) {
+      const auto* last = std::max(sight.arrays + sight.arrays_bytes, array.start + array.bytes);
+      sight.arrays = sight.arrays ? std::min(sight.arrays, array.start) : array.start;
+      sight.arrays_bytes = static_cast<size_t>(last - sight.arrays);
+    }
+  }
+  ~Running() { current = nullptr, sight = {}; }
 };
 
 /// A thread, for an error's text.
@@ -162,11 +188,14 @@ void Block::carry_out_event(unsigned which) {
   const auto act = std::move(events_.back());
   events_.pop_back();
   if (_setjmp(scheduler_)) throw std::runtime_error(error_);
+  const Quiet quiet;
   act();
 }
 
-void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
+void Block::run(dim3 index, dim3 blocks, unsigned random_seed, const std::vector<Watched>& arrays, unsigned launch,
+                size_t number) {
   std::mt19937 random(random_seed);
+  races.begin(arrays, launch, number, random_seed);
   std::memset(shared_, kUnset, shared_bytes_ + kGuard);
   place.block = index;
   place.blocks = blocks;
@@ -184,7 +213,8 @@ void Block::run(dim3 index, dim3 blocks, unsigned random_seed) {
     makecontext(&fiber.start, &Block::enter, 0);
   }
   barriers_.assign(kBarriers, {});  // some may have been left half full
-  const Running while_it_runs(this);
+  for (Meeting& warp : warps_) warp.clocks = {};
+  const Running while_it_runs(this, arrays);
   state.reset();
   const unsigned patience = 1u << random() % 16;  // turns of threads from one event to the next
   while (!ready_.empty() || !events_.empty()) {
@@ -237,6 +267,7 @@ void carry_out(const std::vector<Copy>& copies) {
       std::memcpy(copy.to, copy.from, copy.bytes);
     else
       std::memset(copy.to, 0, copy.bytes);
+    current->races.end_copy(current->number(), copy.to, copy.bytes);
   }
 }
 
@@ -266,22 +297,33 @@ void in_warp(const char* what, void* mine, const std::function<void(void**)>& ac
     current->suspend(what);
     return;
   }
-  act(meeting.given);
+  {
+    const Quiet quiet;
+    act(meeting.given);
+  }
   meeting.arrived = 0;
   current->wake(meeting.waiting);
   meeting.waiting.clear();
+}
+
+void sync_warp() {
+  Meeting& meeting = current->warp();
+  current->races.release(current->number(), meeting.clocks);
+  in_warp("__syncwarp", nullptr, [&](void**) { current->order(meeting); });
 }
 
 void barrier(int index, int threads, bool stay) {
   if (index < 0 || index >= kBarriers || threads % kWarp)
     fail("no such barrier: " + std::to_string(index) + " of " + std::to_string(threads) + " threads");
   Meeting& meeting = current->barrier(index);
+  current->races.release(current->number(), meeting.clocks);
   if (++meeting.arrived < threads) {
     if (!stay) return;
     meeting.waiting.push_back(current->number());
     current->suspend("a barrier");
     return;
   }
+  current->order(meeting);
   meeting.arrived = 0;
   current->wake(meeting.waiting);
   meeting.waiting.clear();
@@ -309,7 +351,7 @@ std::shared_ptr<void>& block_state() { return current->state; }
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared("an asynchronous copy", to, bytes, bytes);
   if (reinterpret_cast<uintptr_t>(from) % bytes) fail("an asynchronous copy: a misaligned source");
-  std::memset(to, kUnset, bytes);
+  current->races.begin_copy(current->number(), to, bytes);
   current->running().open.push_back({to, from, bytes});
 }
 
@@ -322,6 +364,32 @@ void commit() {
 void wait_for_copies(int left) {
   auto& groups = current->running().groups;
   for (; groups.size() > static_cast<size_t>(left); groups.pop_front()) carry_out(groups.front());
+}
+
+thread_local Sight sight;
+
+void access(const void* address, size_t bytes, bool write) {
+  current->races.access(current->number(), address, bytes, write);
+}
+void read_by_wgmma(int thread, const void* address, size_t bytes) {
+  current->races.read_by_wgmma(thread, address, bytes);
+}
+void release(Gathering& to) { current->races.release(current->number(), to); }
+void acquire(const Snapshot& from) { current->races.acquire(current->number(), from); }
+void fence_async() { current->races.fence_async(current->number()); }
+uint32_t begin_bulk_copy(void* to, size_t bytes) {
+  return current->races.begin_bulk_copy(current->number(), to, bytes);
+}
+void end_bulk_copy(uint32_t copy, void* to, size_t bytes, Gathering& barrier) {
+  current->races.end_bulk_copy(copy, to, bytes, barrier);
+}
+
+void watch(void* start, size_t bytes) {
+  watched.push_back({static_cast<unsigned char*>(start), bytes, std::make_unique<Watched::Cell[]>((bytes + 1) / 2)});
+}
+void unwatch(void* start) {
+  watched.erase(std::remove_if(watched.begin(), watched.end(), [&](const Watched& array) { return array.start == start; }),
+                watched.end());
 }
 
 size_t shared_memory_limit() { return most_shared; }
@@ -337,6 +405,8 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
   watch_faults();
+  const std::vector<Watched>& arrays = watched;
+  const unsigned launch = launches++;
   std::string error;  // the first one
   std::mutex lock;
   std::atomic<bool> failed = false;
@@ -348,7 +418,7 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
       const size_t n = order[i];
       const dim3 index(n % blocks.x, n / blocks.x % blocks.y, n / blocks.x / blocks.y);
       try {
-        if (!failed) block->run(index, blocks, seed * 7919 + static_cast<unsigned>(n));
+        if (!failed) block->run(index, blocks, seed * 7919 + static_cast<unsigned>(n), arrays, launch, n);
       } catch (const std::exception& caught) {
         block = std::make_unique<Block>(threads, shared_bytes, kernel);
         const std::lock_guard<std::mutex> held(lock);
@@ -362,6 +432,9 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
 
 }  // namespace emulator
 
+/// Watch an array that kernels write for races, until it is forgotten.
+EXPORT void emulator_watch(void* start, size_t bytes) { emulator::watch(start, bytes); }
+EXPORT void emulator_unwatch(void* start) { emulator::unwatch(start); }
 /// Draw the order of threads and blocks from this number from now on.
 EXPORT void emulator_seed(unsigned value) { emulator::seed = value; }
 /// Let a block have at most so many bytes of shared memory from now on, as on a smaller GPU.

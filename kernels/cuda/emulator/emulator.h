@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
+
 #define DEVICE inline __attribute__((always_inline))
 #define KERNEL_FUNCTION static void
 #define UNROLL
@@ -61,6 +63,9 @@ const Place& place();
 /// `what` names the instruction: lanes that come with different names end the launch.
 void in_warp(const char* what, void* mine, const std::function<void(void**)>& act);
 
+/// The same for nothing but the order of what they do before and after it.
+void sync_warp();
+
 /// Wait until `threads` threads have come to barrier `index`; with `stay` false, be counted and go on.
 void barrier(int index, int threads, bool stay = true);
 
@@ -81,6 +86,43 @@ void wake(std::vector<int>& list);
 void later(std::function<void()> act);
 /// What an instruction set keeps for a block: empty when the block starts, freed at its end.
 std::shared_ptr<void>& block_state();
+
+// ---- what races.h is told. The compiler reports each access of a kernel itself (access_hooks.cpp).
+
+/// Where accesses matter: shared memory, and from the first of the watched arrays to the last.
+struct Sight {
+  const unsigned char *shared, *arrays;
+  size_t shared_bytes, arrays_bytes;
+
+  bool sees(const void* address) const {
+    const auto* place = static_cast<const unsigned char*>(address);
+    return static_cast<size_t>(place - shared) < shared_bytes || static_cast<size_t>(place - arrays) < arrays_bytes;
+  }
+};
+// initial-exec: looked at on every access, so without a call.
+extern thread_local Sight sight __attribute__((tls_model("initial-exec")));
+
+/// As long as it lives, what the running thread does to memory is no access of its own.
+class Quiet {
+ public:
+  Quiet() : before_(sight) { sight = {}; }
+  ~Quiet() { sight = before_; }
+
+ private:
+  Sight before_;
+};
+/// The running thread reads or writes memory.
+void access(const void* address, size_t bytes, bool write);
+/// See Races.
+void read_by_wgmma(int thread, const void* address, size_t bytes);
+void release(Gathering& to);
+void acquire(const Snapshot& from);
+void fence_async();
+uint32_t begin_bulk_copy(void* to, size_t bytes);
+void end_bulk_copy(uint32_t copy, void* to, size_t bytes, Gathering& barrier);
+/// An array in global memory that the kernels which this thread launches write, until unwatch().
+void watch(void* start, size_t bytes);
+void unwatch(void* start);
 
 /// End the launch with this text.
 [[noreturn]] void fail(const std::string& text);
@@ -103,9 +145,7 @@ void run(dim3 blocks, int threads, size_t shared_bytes, const std::function<void
 #define gridDim (emulator::place().blocks)
 
 inline void __syncthreads() { emulator::barrier(0, static_cast<int>(blockDim.x)); }
-inline void __syncwarp() {
-  emulator::in_warp("__syncwarp", nullptr, [](void**) {});
-}
+inline void __syncwarp() { emulator::sync_warp(); }
 
 namespace run_llm {
 
