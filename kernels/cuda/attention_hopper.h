@@ -80,7 +80,7 @@ DEVICE void start_sums(float (&to)[32 * kParts], uint32_t (&left)[kRows / 16][4]
   wgmma_commit();
 }
 
-/// A warp needs the stage no more. One lane says so for all: what the others have read comes before it, by __syncwarp().
+/// A warp needs the stage no more. One lane says so for all: __syncwarp() orders what the others have read before it.
 DEVICE void give_back(uint64_t* empty) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);

@@ -21,7 +21,7 @@ template <int kCount>
 struct Factor {
   uint32_t big[kCount], small[kCount];
 
-  /// Three instructions. to_tf32 would take seven for both: on a GPU it is made of an addition, a comparison for
+  /// Three instructions. cvt.rna.tf32 would take seven for both: ptxas makes it of an addition, a comparison for
   /// infinities and NaNs, and a choice. These need none: an infinity stays one, and of a NaN `small` is one.
   DEVICE void set(int i, float x) {
     uint32_t bits;

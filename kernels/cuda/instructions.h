@@ -44,13 +44,6 @@ DEVICE uint32_t pack<fp16>(float low, float high) {
   return both;
 }
 
-/// The bits of x rounded to tf32 (10 bits of mantissa, ties away from zero).
-DEVICE uint32_t to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-}
-
 /// x itself; but what is computed from it is computed here, not kept in registers from before. For addresses in loops.
 DEVICE int fresh(int x) {
   asm volatile("" : "+r"(x));
@@ -155,7 +148,7 @@ DEVICE void multiply_16x8x16<fp16>(float (&sum)[4], const uint32_t (&a)[4], cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// sum [16 x 8] += a [16 x 8] b [8 x 8] in tf32.
+/// sum [16 x 8] += a [16 x 8] b [8 x 8], fp32 numbers of which the lower 13 bits are not read (tf32).
 DEVICE void multiply_16x8x8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "

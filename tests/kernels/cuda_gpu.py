@@ -36,6 +36,11 @@ KERNELS = {  # beginning of the names "..._forward" and "..._backward", with wha
     ("attention_hopper", ""): ("bfloat16", "float16"),
 }
 HOPPER_DIMS = (64, 128)
+# Beside the emulator's cases: enough blocks that every kernel takes its largest on a GPU of 132 multiprocessors, and a
+# row over which the roundings of a softmax's maximum add up, if they do.
+LARGE = {f"whole GPU, D {dim}": oracle.Case(2, 150, 150, 70, 70, dim, oracle.causal_ranges(150, 150))
+         for dim in (32, 64, 96, 128)}
+LONG = {f"8192 keys, D {dim}": oracle.Case(1, 64, 8192, 2, 2, dim, oracle.full_ranges(64, 8192)) for dim in (64, 128)}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # relative; single kernels' tests are stricter
 
 
@@ -104,7 +109,8 @@ def _on_device(array: np.ndarray):
 
 def forward_and_backward(gpu: Gpu, start: str, ending: str, dtype: str) -> Iterator[tuple[str, float]]:
     """(case and output, relative error) for every case that the kernels take."""
-    for name, case in oracle.cases().items():
+    large = {} if start in ("attention_v1", "attention_rows") else LARGE | LONG
+    for name, case in (oracle.cases() | large).items():
         if case.dim not in (HOPPER_DIMS if start == "attention_hopper" else range(129)):
             continue
         tensors = decode.in_dtype(dtype, *case.tensors())

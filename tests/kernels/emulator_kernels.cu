@@ -257,12 +257,18 @@ KERNEL_FUNCTION multiply(const T* a, const T* b, const float* before, float* sum
   for (int i = 0; i < 4; ++i) sum[(row + i / 2 * 8) * 8 + column + i % 2] = found[i];
 }
 
+DEVICE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 /// sum [16, 8] = a [16, 8] b [8, 8] in tf32.
 KERNEL_FUNCTION multiply_tf32(const float* a, const float* b, float* sum) {
   const int row = lane() / 4, column = lane() % 4;
-  const uint32_t left[4] = {to_tf32(a[row * 8 + column]), to_tf32(a[(row + 8) * 8 + column]),
-                            to_tf32(a[row * 8 + column + 4]), to_tf32(a[(row + 8) * 8 + column + 4])};
-  const uint32_t right[2] = {to_tf32(b[column * 8 + row]), to_tf32(b[(column + 4) * 8 + row])};
+  const uint32_t left[4] = {bits_of(a[row * 8 + column]), bits_of(a[(row + 8) * 8 + column]),
+                            bits_of(a[row * 8 + column + 4]), bits_of(a[(row + 8) * 8 + column + 4])};
+  const uint32_t right[2] = {bits_of(b[column * 8 + row]), bits_of(b[(column + 4) * 8 + row])};
   float found[4] = {};
   multiply_16x8x8_tf32(found, left, right);
   for (int i = 0; i < 4; ++i) sum[(row + i / 2 * 8) * 8 + 2 * column + i % 2] = found[i];

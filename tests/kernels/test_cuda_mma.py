@@ -18,6 +18,9 @@ LIMITS = {"bfloat16": 1e-2, "float16": 1.5e-3}
 CASES = {name: case for name, case in oracle.cases().items() if case.dim <= 128}
 for _dim in (24, 60, 90, 128):  # enough heads for the large blocks of every width; 60 and 90 have no aligned rows
     CASES[f"many heads of {_dim}"] = oracle.Case(1, 150, 150, 4, 2, _dim, oracle.causal_ranges(150, 150))
+# Large blocks of which one sees nothing: what was fetched for it must still have come before its end.
+CASES["wide rows that see nothing"] = oracle.Case(2, 130, 130, 2, 2, 128,
+                                                  oracle.causal_ranges(130, 130, kv_start=(130, 3)))
 
 
 def stored(x: np.ndarray, dtype: str) -> np.ndarray | BFloat16:

@@ -64,8 +64,6 @@ uint32_t pack(float low, float high) {
 
 inline int fresh(int x) { return x; }
 
-inline uint32_t to_tf32(float x) { return (same_bits<uint32_t>(x) + 0x1000u) & ~0x1fffu; }
-
 template <class T>
 T exchanged(const char* what, T x, int other) {
   struct Lane {

@@ -65,9 +65,10 @@ inline void note_operand(int thread, uint64_t descriptor, bool mn_major, int fir
       emulator::read_by_wgmma(thread, operand_place(descriptor, mn_major, mn, k), 16);
 }
 
+/// Which rows of the left operand a warp of the four reads is not said: all.
 template <int kN, bool kTransposed>
-void note_operands(int thread, int first, const ProductLane& lane) {
-  if (!lane.left) note_operand(thread, lane.left_descriptor, false, first, 16);
+void note_operands(int thread, const ProductLane& lane) {
+  if (!lane.left) note_operand(thread, lane.left_descriptor, false, 0, 64);
   note_operand(thread, lane.right_descriptor, kTransposed, 0, kN);
 }
 
@@ -75,7 +76,7 @@ void note_operands(int thread, int first, const ProductLane& lane) {
 template <class T, int kN, bool kTransposed>
 void multiply_warp(int thread, int first, const std::vector<ProductLane>& lanes, WarpSums& sums) {
   float left[16][16], right[16][kN], sum[16][kN];
-  note_operands<kN, kTransposed>(thread, first, lanes[0]);
+  note_operands<kN, kTransposed>(thread, lanes[0]);
   for (int r = 0; r < 16; ++r)
     for (int k = 0; k < 16; ++k) {
       const ProductLane& lane = lanes[static_cast<size_t>(r % 8 * 4 + k % 8 / 2)];
@@ -118,7 +119,7 @@ void issue(ProductLane mine) {
           std::memset(lanes[i].sum, 0xff, kN / 2 * sizeof(float));
         }
       const int thread = thread_number() / kWarpgroup * kWarpgroup + w * emulator::kWarp;
-      note_operands<kN, kTransposed>(thread, 16 * w, lanes[0]);  // the read may take place at once, or as late as:
+      note_operands<kN, kTransposed>(thread, lanes[0]);  // the read may take place at once, or as late as:
       warp.open.push_back(
           {lanes[0].sum, [=](WarpSums& to) { multiply_warp<T, kN, kTransposed>(thread, 16 * w, lanes, to); }});
     }

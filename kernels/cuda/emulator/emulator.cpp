@@ -1,14 +1,8 @@
 #include "emulator.h"
 
 #include <omp.h>
-#include <setjmp.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <ucontext.h>
 
 #include <atomic>
-#include <cstdio>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -16,250 +10,15 @@
 #include <vector>
 
 #include "abi.h"
+#include "block.h"
 
 namespace emulator {
 namespace {
 
-constexpr size_t kStack = 256 << 10;
-constexpr size_t kSharedAlign = 1024;
-constexpr size_t kGuard = 4096;          // bytes behind shared memory that nothing may change
-constexpr unsigned char kUnset = 0xff;  // a NaN in every floating-point type
-constexpr int kBarriers = 16;
-
 unsigned seed = 0;
 size_t most_shared = 227 << 10;
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
-/// A place where threads wait for each other.
-struct Meeting {
-  const char* what = nullptr;
-  Gathering clocks;
-  int arrived = 0;
-  std::vector<int> waiting;
-  void* given[kWarp] = {};
-};
-
-struct Fiber {
-  jmp_buf where;
-  ucontext_t start;
-  void* stack = nullptr;
-  bool started = false, ended = false;
-  const char* waits_for = nullptr;
-  dim3 thread;
-  std::deque<std::vector<Copy>> groups;  // closed by commit(), the oldest first
-  std::vector<Copy> open;
-};
-
-/// Stacks, kept from block to block.
-class Stacks {
- public:
-  ~Stacks() {
-    for (void* stack : all_) munmap(stack, kStack);
-  }
-  void* get(size_t index) {
-    while (all_.size() <= index) {
-      void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (stack == MAP_FAILED) throw std::bad_alloc();
-      all_.push_back(stack);
-    }
-    return all_[index];
-  }
-
- private:
-  std::vector<void*> all_;
-};
-
-class Block {
- public:
-  Block(int threads, size_t shared_bytes, const std::function<void()>& kernel)
-      : kernel_(kernel), shared_bytes_(shared_bytes), fibers_(threads), warps_(threads / kWarp), barriers_(kBarriers),
-        memory_(shared_bytes + kGuard + kSharedAlign), shared_(aligned(memory_.data())),
-        races(threads, shared_, shared_bytes) {}
-
-  void run(dim3 index, dim3 blocks, unsigned random_seed, const std::vector<Watched>& arrays, unsigned launch,
-           size_t number);
-
-  void suspend(const char* waits_for) {
-    Fiber& fiber = *running_;
-    fiber.waits_for = waits_for;
-    if (_setjmp(fiber.where) == 0) _longjmp(scheduler_, 1);
-  }
-  void wake(const std::vector<int>& those) { ready_.insert(ready_.end(), those.begin(), those.end()); }
-  void stay_ready() { ready_.push_back(number()); }
-  int number() const { return static_cast<int>(running_ - fibers_.data()); }
-  Fiber& running() { return *running_; }
-  void later(std::function<void()> act) { events_.push_back(std::move(act)); }
-  Meeting& warp() { return warps_[static_cast<size_t>(number() / kWarp)]; }
-  Meeting& barrier(int index) { return barriers_[static_cast<size_t>(index)]; }
-  unsigned char* shared() { return shared_; }
-  size_t shared_bytes() const { return shared_bytes_; }
-  [[noreturn]] void stop(const std::string& text) {
-    error_ = text;
-    _longjmp(scheduler_, 2);
-  }
-
-  /// What those did who came to a meeting comes before what those do who waited.
-  void order(Meeting& meeting) {
-    const Snapshot all = meeting.clocks.snapshot();
-    for (const int thread : meeting.waiting) races.acquire(thread, all);
-    races.acquire(number(), all);
-    meeting.clocks = {};
-  }
-
-  Place place;
-  std::shared_ptr<void> state;
-
- private:
-  const std::function<void()>& kernel_;
-  size_t shared_bytes_;
-  std::vector<Fiber> fibers_;
-  std::vector<Meeting> warps_, barriers_;
-  std::vector<unsigned char> memory_;
-  unsigned char* shared_;
-  std::vector<int> ready_;
-  std::vector<std::function<void()>> events_;
-  Fiber* running_ = nullptr;
-  jmp_buf scheduler_;
-  std::string error_;
-
- public:
-  Races races;
-
- private:
-  static unsigned char* aligned(unsigned char* start) {
-    const auto address = reinterpret_cast<uintptr_t>(start);
-    return start + ((address + kSharedAlign - 1) / kSharedAlign * kSharedAlign - address);
-  }
-  static void enter();
-  int resume();
-  void carry_out_event(unsigned which);
-};
-
 thread_local std::vector<Watched> watched;  // by the kernels that this thread launches
 std::atomic<unsigned> launches = 0;
-thread_local Block* current = nullptr;  // null while none runs in this thread
-struct sigaction before_us;
-thread_local Stacks stacks;
-
-struct Running {
-  Running(Block* block, const std::vector<Watched>& arrays) {
-    current = block;
-    sight = {block->shared(), nullptr, block->shared_bytes(), 0};
-    for (const Watched& array : arrays) {
-      const auto* last = std::max(sight.arrays + sight.arrays_bytes, array.start + array.bytes);
-      sight.arrays = sight.arrays ? std::min(sight.arrays, array.start) : array.start;
-      sight.arrays_bytes = static_cast<size_t>(last - sight.arrays);
-    }
-  }
-  ~Running() { current = nullptr, sight = {}; }
-};
-
-/// A thread, for an error's text.
-std::string name_of(dim3 thread, dim3 block) {
-  return "thread " + std::to_string(thread.x) + " of block (" + std::to_string(block.x) + ", " +
-         std::to_string(block.y) + ", " + std::to_string(block.z) + ") ";
-}
-
-void Block::enter() {
-  current->kernel_();
-  current->running_->ended = true;
-  _longjmp(current->scheduler_, 1);
-}
-
-/// Let the chosen fiber run until it waits, ends (1) or fails (2).
-int Block::resume() {
-  const int back = _setjmp(scheduler_);
-  if (back) return back;
-  if (running_->started) _longjmp(running_->where, 1);
-  running_->started = true;
-  setcontext(&running_->start);
-  return 2;  // never: setcontext does not return
-}
-
-void Block::carry_out_event(unsigned which) {
-  if (std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.ended; }))
-    throw std::runtime_error("a block ended before its bulk copies");
-  std::swap(events_[which], events_.back());
-  const auto act = std::move(events_.back());
-  events_.pop_back();
-  if (_setjmp(scheduler_)) throw std::runtime_error(error_);
-  const Quiet quiet;
-  act();
-}
-
-void Block::run(dim3 index, dim3 blocks, unsigned random_seed, const std::vector<Watched>& arrays, unsigned launch,
-                size_t number) {
-  std::mt19937 random(random_seed);
-  races.begin(arrays, launch, number, random_seed);
-  std::memset(shared_, kUnset, shared_bytes_ + kGuard);
-  place.block = index;
-  place.blocks = blocks;
-  place.threads = dim3(static_cast<unsigned>(fibers_.size()));
-  ready_.resize(fibers_.size());
-  std::iota(ready_.begin(), ready_.end(), 0);
-  for (size_t i = 0; i < fibers_.size(); ++i) {
-    Fiber& fiber = fibers_[i];
-    fiber.thread = dim3(static_cast<unsigned>(i), 0, 0);
-    fiber.started = fiber.ended = false;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = stacks.get(i);
-    fiber.start.uc_stack.ss_size = kStack;
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, &Block::enter, 0);
-  }
-  barriers_.assign(kBarriers, {});  // some may have been left half full
-  for (Meeting& warp : warps_) warp.clocks = {};
-  const Running while_it_runs(this, arrays);
-  state.reset();
-  const unsigned patience = 1u << random() % 16;  // turns of threads from one event to the next
-  while (!ready_.empty() || !events_.empty()) {
-    if (!events_.empty() && (ready_.empty() || random() % patience == 0)) {
-      carry_out_event(random() % static_cast<unsigned>(events_.size()));
-      continue;
-    }
-    std::swap(ready_[random() % ready_.size()], ready_.back());
-    running_ = &fibers_[static_cast<size_t>(ready_.back())];
-    ready_.pop_back();
-    place.thread = running_->thread;
-    if (resume() == 2) throw std::runtime_error(error_);
-  }
-  for (const Fiber& fiber : fibers_) {
-    if (!fiber.ended) throw std::runtime_error(name_of(fiber.thread, index) + "waits for ever: " + fiber.waits_for);
-    if (!fiber.open.empty() || !fiber.groups.empty())
-      throw std::runtime_error(name_of(fiber.thread, index) + "ended before its asynchronous copies");
-  }
-  for (size_t i = 0; i < kGuard; ++i)
-    if (shared_[shared_bytes_ + i] != kUnset)
-      throw std::runtime_error("written past the end of shared memory: byte " + std::to_string(shared_bytes_ + i) +
-                               " of " + std::to_string(shared_bytes_));
-}
-
-/// An access to memory that is not there: an error of the kernel, if one runs in this thread.
-void on_fault(int, siginfo_t* info, void*) {
-  if (!current) {  // not ours: once more, for whoever was here before
-    sigaction(SIGSEGV, &before_us, nullptr);
-    return;
-  }
-  char where[32];
-  std::snprintf(where, sizeof where, "%p", info->si_addr);
-  current->stop(name_of(current->place.thread, current->place.block) +
-                "reads or writes outside the kernel's arrays, or writes to an input: at " + where);
-}
-
-void watch_faults() {
-  static const bool once = [] {
-    struct sigaction action = {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // it is left by a jump
-    return sigaction(SIGSEGV, &action, &before_us) == 0;
-  }();
-  static_cast<void>(once);
-}
 
 void carry_out(const std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
@@ -267,7 +26,7 @@ void carry_out(const std::vector<Copy>& copies) {
       std::memcpy(copy.to, copy.from, copy.bytes);
     else
       std::memset(copy.to, 0, copy.bytes);
-    current->races.end_copy(current->number(), copy.to, copy.bytes);
+    current->races().end_copy(current->number(), copy.to, copy.bytes);
   }
 }
 
@@ -308,7 +67,7 @@ void in_warp(const char* what, void* mine, const std::function<void(void**)>& ac
 
 void sync_warp() {
   Meeting& meeting = current->warp();
-  current->races.release(current->number(), meeting.clocks);
+  current->races().release(current->number(), meeting.clocks);
   in_warp("__syncwarp", nullptr, [&](void**) { current->order(meeting); });
 }
 
@@ -316,7 +75,7 @@ void barrier(int index, int threads, bool stay) {
   if (index < 0 || index >= kBarriers || threads % kWarp)
     fail("no such barrier: " + std::to_string(index) + " of " + std::to_string(threads) + " threads");
   Meeting& meeting = current->barrier(index);
-  current->races.release(current->number(), meeting.clocks);
+  current->races().release(current->number(), meeting.clocks);
   if (++meeting.arrived < threads) {
     if (!stay) return;
     meeting.waiting.push_back(current->number());
@@ -327,11 +86,6 @@ void barrier(int index, int threads, bool stay) {
   meeting.arrived = 0;
   current->wake(meeting.waiting);
   meeting.waiting.clear();
-}
-
-void yield() {
-  current->stay_ready();
-  current->suspend("its turn");
 }
 
 void wait_in(std::vector<int>& list, const char* what) {
@@ -351,7 +105,7 @@ std::shared_ptr<void>& block_state() { return current->state; }
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared("an asynchronous copy", to, bytes, bytes);
   if (reinterpret_cast<uintptr_t>(from) % bytes) fail("an asynchronous copy: a misaligned source");
-  current->races.begin_copy(current->number(), to, bytes);
+  current->races().begin_copy(current->number(), to, bytes);
   current->running().open.push_back({to, from, bytes});
 }
 
@@ -369,27 +123,27 @@ void wait_for_copies(int left) {
 thread_local Sight sight;
 
 void access(const void* address, size_t bytes, bool write) {
-  current->races.access(current->number(), address, bytes, write);
+  current->races().access(current->number(), address, bytes, write);
 }
 void read_by_wgmma(int thread, const void* address, size_t bytes) {
-  current->races.read_by_wgmma(thread, address, bytes);
+  current->races().read_by_wgmma(thread, address, bytes);
 }
-void release(Gathering& to) { current->races.release(current->number(), to); }
-void acquire(const Snapshot& from) { current->races.acquire(current->number(), from); }
-void fence_async() { current->races.fence_async(current->number()); }
+void release(Gathering& to) { current->races().release(current->number(), to); }
+void acquire(const Snapshot& from) { current->races().acquire(current->number(), from); }
+void fence_async() { current->races().fence_async(current->number()); }
 uint32_t begin_bulk_copy(void* to, size_t bytes) {
-  return current->races.begin_bulk_copy(current->number(), to, bytes);
+  return current->races().begin_bulk_copy(current->number(), to, bytes);
 }
 void end_bulk_copy(uint32_t copy, void* to, size_t bytes, Gathering& barrier) {
-  current->races.end_bulk_copy(copy, to, bytes, barrier);
+  current->races().end_bulk_copy(copy, to, bytes, barrier);
 }
 
 void watch(void* start, size_t bytes) {
   watched.push_back({static_cast<unsigned char*>(start), bytes, std::make_unique<Watched::Cell[]>((bytes + 1) / 2)});
 }
 void unwatch(void* start) {
-  watched.erase(std::remove_if(watched.begin(), watched.end(), [&](const Watched& array) { return array.start == start; }),
-                watched.end());
+  const auto gone = [&](const Watched& array) { return array.start == start; };
+  watched.erase(std::remove_if(watched.begin(), watched.end(), gone), watched.end());
 }
 
 size_t shared_memory_limit() { return most_shared; }

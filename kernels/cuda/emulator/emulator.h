@@ -1,14 +1,12 @@
 // CUDA on a CPU, for tests: the kernels' own sources, compiled by a C++ compiler, with every thread of a block a fiber.
 //
 // A block's fibers run one at a time, each until it must wait for others: at a barrier, or in an instruction that a
-// warp carries out together. Who runs next is drawn at random (emulator_seed), so that a missing barrier shows as a
-// result that changes with the seed. Blocks run in random order too, several at a time (OpenMP). Shared memory starts
-// as NaNs. An asynchronous copy takes place as late as it may, when its thread waits for it; until then its target
-// holds NaNs. What no GPU would survive ends the launch with an error: threads that wait for each other in vain, lanes
-// of a warp in different instructions, a misaligned or a foreign address.
+// warp carries out together. Who runs next is drawn at random (emulator_seed). Blocks run in random order too, several
+// at a time (OpenMP). Shared memory starts as NaNs. An asynchronous copy takes place as late as it may, when its thread
+// waits for it. What no GPU would survive ends the launch with an error: threads that wait for each other in vain,
+// lanes of a warp in different instructions, a misaligned or a foreign address; and so does a race (races.h).
 //
-// Not emulated: the time anything takes; races between two accesses without a barrier in the same stretch of code;
-// global memory's weak order.
+// Not emulated: the time anything takes.
 #pragma once
 
 #include <algorithm>
@@ -74,9 +72,6 @@ void copy_later(void* to, const void* from, size_t bytes);
 void commit();
 /// Carry out all copies of this thread but those of its latest `left` groups.
 void wait_for_copies(int left);
-
-/// Let another thread run; for loops that wait for something to change.
-void yield();
 
 /// Wait in a list until somebody wakes it; `what` stands in the error of a launch in which nobody does.
 void wait_in(std::vector<int>& list, const char* what);

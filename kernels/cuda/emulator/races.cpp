@@ -53,8 +53,8 @@ void Races::begin(const std::vector<Watched>& arrays, unsigned launch, size_t nu
 uint32_t Races::present(int thread) const { return event(thread, threads_[static_cast<size_t>(thread)].now); }
 
 bool Races::ordered(uint32_t event, int thread) const {
-  const int other = thread_of(event);
-  return other == thread || moment_of(event) <= (*threads_[static_cast<size_t>(thread)].known)[static_cast<size_t>(other)];
+  const auto other = static_cast<size_t>(thread_of(event)), mine = static_cast<size_t>(thread);
+  return other == mine || moment_of(event) <= (*threads_[mine].known)[other];
 }
 
 bool Races::shown(uint32_t event, int thread) const {
@@ -94,6 +94,11 @@ void Races::fence_async(int thread) {
   mine.known = std::make_shared<const Clock>(std::move(known));
 }
 
+std::string Races::name(uint32_t event) const {
+  const int thread = thread_of(event);
+  return thread == count_ - 1 ? "a bulk copy" : "thread " + std::to_string(thread);
+}
+
 // ---- shared memory
 
 Races::Range Races::cells(const void* address, size_t bytes) const {
@@ -105,13 +110,16 @@ void Races::fail(const std::string& what, size_t cell) const {
   emulator::fail(what + ": byte " + std::to_string(cell * kCell) + " of shared memory");
 }
 
+void Races::fail_between(int thread, const char* does, uint32_t event, const char* did, size_t cell) const {
+  fail("a race: thread " + std::to_string(thread) + does + name(event) + did + ", with no barrier in between", cell);
+}
+
 void Races::read(int thread, uint32_t now, size_t cell) {
   Cell& here = cells_[cell];
   if (here.coming) fail("a race: thread " + std::to_string(thread) + " reads what an asynchronous copy writes", cell);
   if (here.readers[0] == now || here.writer == now) return;
   if (here.writer && !ordered(here.writer, thread))
-    fail("a race: thread " + std::to_string(thread) + " reads what thread " + std::to_string(thread_of(here.writer)) +
-             " has written, with no barrier in between", cell);
+    fail_between(thread, " reads what ", here.writer, " has written", cell);
   for (uint32_t& reader : here.readers)
     if (!reader || ordered(reader, thread)) {
       reader = now;
@@ -125,12 +133,9 @@ void Races::write(int thread, uint32_t now, size_t cell) {
   if (here.coming) fail("a race: thread " + std::to_string(thread) + " writes where an asynchronous copy writes", cell);
   if (here.writer == now && !here.readers[0]) return;
   if (here.writer && !ordered(here.writer, thread))
-    fail("a race: thread " + std::to_string(thread) + " writes what thread " + std::to_string(thread_of(here.writer)) +
-             " has written, with no barrier in between", cell);
+    fail_between(thread, " writes what ", here.writer, " has written", cell);
   for (uint32_t& reader : here.readers) {
-    if (reader && !ordered(reader, thread))
-      fail("a race: thread " + std::to_string(thread) + " writes what thread " + std::to_string(thread_of(reader)) +
-               " has read, with no barrier in between", cell);
+    if (reader && !ordered(reader, thread)) fail_between(thread, " writes what ", reader, " has read", cell);
     reader = 0;
   }
   here.writer = now;
@@ -157,8 +162,7 @@ void Races::read_by_wgmma(int thread, const void* address, size_t bytes) {
   for (size_t cell = range.first; cell < range.last; ++cell) {
     read(thread, present(thread), cell);
     if (const uint32_t writer = cells_[cell].writer; writer && !shown(writer, thread))
-      fail("wgmma reads what thread " + std::to_string(thread_of(writer)) + " has written, with no fence_async() after",
-           cell);
+      fail("wgmma reads what " + name(writer) + " has written, with no fence_async() after", cell);
   }
 }
 
@@ -196,7 +200,7 @@ void Races::access(int thread, const Watched& array, size_t first, size_t last, 
     if (block >> kBlockBits != block_ >> kBlockBits) return;  // of another launch
     const auto event = static_cast<uint32_t>(other);
     if (block == block_ && ordered(event, thread)) return;
-    const std::string who = block == block_ ? "thread " + std::to_string(thread_of(event)) : "another block";
+    const std::string who = block == block_ ? name(event) : "another block";
     emulator::fail("a race: thread " + std::to_string(thread) + (write ? " writes" : " reads") + " what " + who + did +
                    ", with nothing in between: byte " + std::to_string(first * kCell) + " of an output or of scratch");
   };

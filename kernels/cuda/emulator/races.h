@@ -9,8 +9,8 @@
 // a launch have no order at all.
 //
 // Shuffles, votes and products order nothing, as in CUDA; __syncwarp() does. Nobody may touch the target of an
-// asynchronous copy from its start to the wait for it. wgmma and bulk copies reach memory in another way than threads do
-// (PTX: the async proxy): what threads have written is there for wgmma behind a fence_async() only.
+// asynchronous copy from its start to the wait for it. wgmma and bulk copies reach memory in another way than threads
+// do (PTX: the async proxy): what threads have written is there for wgmma behind a fence_async() only.
 #pragma once
 
 #include <atomic>
@@ -94,7 +94,9 @@ class Races {
   void read(int thread, uint32_t now, size_t cell);
   void write(int thread, uint32_t now, size_t cell);
   void access(int thread, const Watched& array, size_t first, size_t last, bool write);
+  std::string name(uint32_t event) const;  // of whoever did it
   [[noreturn]] void fail(const std::string& what, size_t cell) const;
+  [[noreturn]] void fail_between(int thread, const char* does, uint32_t event, const char* did, size_t cell) const;
 
   int count_;
   const unsigned char* shared_;
