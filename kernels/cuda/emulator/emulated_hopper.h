@@ -8,13 +8,15 @@
 //   ends the launch.
 // * A phase that never ends is a wait in vain like any other.
 //
-// What this takes from the PTX ISA's text, and the first run on a GPU has to confirm: the bits of the matrix descriptor
-// and what LBO and SBO mean in it; the swizzle as an XOR of the final address's bits 4-6 with bits 7-9, by copies and
-// operands alike, also where a start address lies 32, 64 or 96 bytes inside an atom; the fragments of sums and of a
-// left operand in registers; that a box's numbers outside the tensor are written as zeros, and counted at the barrier;
-// that the wait for the parity before the first phase does not wait; that dynamic shared memory begins at a multiple of
-// 1024. And two that it does not emulate: copies of boxes that swizzle need global addresses at multiples of 128; a
-// kernel of 384 threads starts with 168 registers each, which is what setmaxnreg shares out (3 x 168 = 24 + 2 x 240).
+// What this takes from the PTX ISA's text, and the first run on a GPU has to confirm, though CUTLASS,
+// FlashAttention-3, ThunderKittens and DeepGEMM, which do run, pass the same numbers wherever they could be
+// compared: the bits of the matrix descriptor and what LBO and SBO mean in it; the swizzle as an XOR of the final
+// address's bits 4-6 with bits 7-9, by copies and operands alike, also where a start address lies 32, 64 or 96 bytes
+// inside an atom; the fragments of sums and of a left operand in registers; that a box's numbers outside the tensor
+// are written as zeros, and counted at the barrier; that the wait for the parity before the first phase does not
+// wait; that dynamic shared memory begins at a multiple of 1024. And two that it does not emulate: copies of boxes
+// that swizzle need global addresses at multiples of 128; a kernel of 384 threads starts with 168 registers each,
+// which is what setmaxnreg shares out (3 x 168 = 24 + 2 x 240).
 #pragma once
 
 #include <map>
