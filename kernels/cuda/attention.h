@@ -161,6 +161,11 @@ void at_width(int dim, F f) {
   f(std::integral_constant<int, kMostDim>());
 }
 
+/// Whether blocks of 128 positions of each head and row are enough for the whole GPU.
+inline bool enough_blocks(int batch, int heads, int positions) {
+  return static_cast<int64_t>(batch) * heads * ((positions + 127) / 128) >= multiprocessors();
+}
+
 /// Which keys a block of queries sees: [0, prefix) and [some.x, some.y) by one query at least, [all.x, all.y) by all.
 struct Seen {
   int prefix;

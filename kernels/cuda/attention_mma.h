@@ -11,7 +11,6 @@
 
 namespace run_llm {
 
-
 /// Heads are copied 8 numbers at a time: what a head's width is rounded up to.
 inline int whole_chunks(int dim) { return (dim + 7) / 8 * 8; }
 

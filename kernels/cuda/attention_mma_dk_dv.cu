@@ -218,8 +218,8 @@ void sum_with(const Attention<T>& call, const Prepared& prepared, float scale, c
 template <class T, int kDim>
 void sum_in_blocks(const Attention<T>& call, const Prepared& prepared, float scale, cudaStream_t stream) {
   constexpr int kTiles = kDim <= 64 ? 2 : 1;
-  const int64_t blocks = static_cast<int64_t>(call.batch) * call.kv_heads * ((call.keys + 127) / 128);
-  if (blocks >= multiprocessors() && sizeof(Shared<kDim, 8 / kTiles, kTiles>) <= shared_memory_limit())
+  const bool fits = sizeof(Shared<kDim, 8 / kTiles, kTiles>) <= shared_memory_limit();
+  if (fits && enough_blocks(call.batch, call.kv_heads, call.keys))
     return sum_with<T, kDim, 8 / kTiles, kTiles>(call, prepared, scale, stream);
   sum_with<T, kDim, 4, 1>(call, prepared, scale, stream);
 }

@@ -132,8 +132,7 @@ void sum_with(const Attention<T>& call, const Prepared& prepared, float scale, c
 /// Blocks of 128 queries if they are enough for the whole GPU, else of 64.
 template <class T, int kDim>
 void sum_in_blocks(const Attention<T>& call, const Prepared& prepared, float scale, cudaStream_t stream) {
-  const int64_t blocks = static_cast<int64_t>(call.batch) * call.heads * ((call.queries + 127) / 128);
-  if (blocks >= multiprocessors()) return sum_with<T, kDim, 2>(call, prepared, scale, stream);
+  if (enough_blocks(call.batch, call.heads, call.queries)) return sum_with<T, kDim, 2>(call, prepared, scale, stream);
   sum_with<T, kDim, 1>(call, prepared, scale, stream);
 }
 

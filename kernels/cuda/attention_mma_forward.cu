@@ -204,8 +204,7 @@ void attend_with(const Attention<T>& call, float scale, cudaStream_t stream) {
 /// Blocks of 128 queries if they are enough for the whole GPU, else of 64.
 template <class T, int kDim>
 void attend_in_blocks(const Attention<T>& call, float scale, cudaStream_t stream) {
-  const int64_t blocks = static_cast<int64_t>(call.batch) * call.heads * ((call.queries + 127) / 128);
-  if (blocks >= multiprocessors()) return attend_with<T, kDim, 2>(call, scale, stream);
+  if (enough_blocks(call.batch, call.heads, call.queries)) return attend_with<T, kDim, 2>(call, scale, stream);
   attend_with<T, kDim, 1>(call, scale, stream);
 }
 

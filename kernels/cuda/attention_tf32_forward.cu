@@ -170,8 +170,7 @@ void attend_with(const Attention<float>& call, cudaStream_t stream) {
 template <int kDim>
 void attend_in_blocks(const Attention<float>& call, cudaStream_t stream) {
   if constexpr (kDim <= 64) {
-    const int64_t blocks = static_cast<int64_t>(call.batch) * call.heads * ((call.queries + 127) / 128);
-    if (blocks >= multiprocessors()) return attend_with<kDim, 2>(call, stream);
+    if (enough_blocks(call.batch, call.heads, call.queries)) return attend_with<kDim, 2>(call, stream);
   }
   attend_with<kDim, 1>(call, stream);
 }

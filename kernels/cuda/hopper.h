@@ -132,7 +132,7 @@ DEVICE void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier)
 /// boxes of one head, 64 columns and box_rows rows.
 inline TensorMap tensor_map(const void* from, int batch, int rows, int heads, int dim, int box_rows) {
   check(cudaGetLastError(), "an earlier CUDA call");  // the driver would hand it on as its own
-  check(cudaFree(nullptr), "device");                 // makes the thread's context, if this is its first call
+  prepare_device();
   // Through the runtime, so that the library needs no libcuda where there is no driver.
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;

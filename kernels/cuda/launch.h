@@ -44,21 +44,22 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 /// Bytes of shared memory that a block may have at most.
 inline size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-/// Let the current device keep freed scratch memory for the next call: by default each synchronisation gives it back,
-/// and the next call has to map it again.
-inline void keep_freed_memory() {
-  thread_local int kept = -1;  // the device that this thread has told last
+/// Once a thread: make its context, which the driver wants to be there, and let the device keep freed scratch memory
+/// for the next call. By default each synchronisation gives it back, and the next call has to map it again.
+inline void prepare_device() {
+  thread_local int prepared = -1;  // the device of this thread's last call
   const int device = current_device();
-  if (device == kept) return;
+  if (device == prepared) return;
+  check(cudaFree(nullptr), "device");
   cudaMemPool_t pool;
   uint64_t most = UINT64_MAX;
   check(cudaDeviceGetDefaultMemPool(&pool, device), "scratch memory");
   check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &most), "scratch memory");
-  kept = device;
+  prepared = device;
 }
 
 inline void* allocate(size_t bytes, cudaStream_t stream) {
-  keep_freed_memory();
+  prepare_device();
   void* memory = nullptr;
   check(cudaMallocAsync(&memory, bytes, stream), "scratch memory");
   return memory;

@@ -107,7 +107,6 @@ void Block::run(dim3 index, dim3 blocks, unsigned random_seed, const std::vector
     makecontext(&fiber.start, &Block::enter, 0);
   }
   barriers_.assign(kBarriers, {});  // some may have been left half full
-  for (Meeting& warp : warps_) warp.clocks = {};
   const Running while_it_runs(this, arrays);
   state.reset();
   const unsigned patience = 1u << random() % 16;  // turns of threads from one event to the next

@@ -32,7 +32,6 @@ struct Meeting {
 struct Fiber {
   jmp_buf where;
   ucontext_t start;
-  void* stack = nullptr;
   bool started = false, ended = false;
   const char* waits_for = nullptr;
   dim3 thread;

@@ -128,16 +128,16 @@ inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
   Mbarrier& state = mbarrier_at(barrier);
   if (--state.pending < 0) emulator::fail("more arrivals at a barrier than it was made for");
   state.bytes += bytes;
-  emulator::release(state.arrived);
+  emulator::races().release(thread_number(), state.arrived);
   state.advance();
 }
 inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive_expect(barrier, 0); }
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
   Mbarrier& state = mbarrier_at(barrier);
   while (state.phase == parity) emulator::wait_in(state.waiting, "a barrier in shared memory");
-  emulator::acquire(state.ended);
+  emulator::races().acquire(thread_number(), state.ended);
 }
-inline void fence_async() { emulator::fence_async(); }
+inline void fence_async() { emulator::races().fence_async(thread_number()); }
 
 // ---- bulk copies of boxes
 
@@ -183,10 +183,10 @@ inline void land(uint32_t to, const TensorMap& map, int column, int head, int ro
 inline void copy_box(void* to, const TensorMap& map, int column, int head, int row, int batch, uint64_t* barrier) {
   const int bytes = map.box_rows * kSwizzledRow;
   emulator::check_shared("a bulk copy", to, static_cast<size_t>(bytes), 1024);
-  const uint32_t copy = emulator::begin_bulk_copy(to, static_cast<size_t>(bytes));
+  const uint32_t copy = emulator::races().begin_bulk_copy(thread_number(), to, static_cast<size_t>(bytes));
   emulator::later([=, &state = mbarrier_at(barrier)] {
     land(shared_address(to), map, column, head, row, batch);
-    emulator::end_bulk_copy(copy, to, static_cast<size_t>(bytes), state.arrived);
+    emulator::races().end_bulk_copy(copy, to, static_cast<size_t>(bytes), state.arrived);
     state.bytes -= bytes;
     state.advance();
   });
@@ -195,10 +195,10 @@ inline void copy_box(void* to, const TensorMap& map, int column, int head, int r
 inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   emulator::check_shared("a bulk copy", to, static_cast<size_t>(bytes), 16);
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a bulk copy: not multiples of 16");
-  const uint32_t copy = emulator::begin_bulk_copy(to, static_cast<size_t>(bytes));
+  const uint32_t copy = emulator::races().begin_bulk_copy(thread_number(), to, static_cast<size_t>(bytes));
   emulator::later([=, &state = mbarrier_at(barrier)] {
     std::memcpy(to, from, static_cast<size_t>(bytes));
-    emulator::end_bulk_copy(copy, to, static_cast<size_t>(bytes), state.arrived);
+    emulator::races().end_bulk_copy(copy, to, static_cast<size_t>(bytes), state.arrived);
     state.bytes -= bytes;
     state.advance();
   });

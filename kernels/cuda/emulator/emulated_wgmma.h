@@ -58,18 +58,18 @@ float operand(uint64_t descriptor, bool mn_major, int mn, int k) {
   return to_float(number);
 }
 
-/// A thread's warp reads positions [first, first + count) of an operand, and 16 of the sum, as of now.
-inline void note_operand(int thread, uint64_t descriptor, bool mn_major, int first, int count) {
-  for (int mn = first; mn < first + count; mn += mn_major ? 8 : 1)  // 8 numbers in a row, 16 bytes, stay together
+/// A thread's warp reads `count` positions of an operand, and 16 of the sum, as of now.
+inline void note_operand(int thread, uint64_t descriptor, bool mn_major, int count) {
+  for (int mn = 0; mn < count; mn += mn_major ? 8 : 1)  // 8 numbers in a row, 16 bytes, stay together
     for (int k = 0; k < 16; k += mn_major ? 1 : 8)
-      emulator::read_by_wgmma(thread, operand_place(descriptor, mn_major, mn, k), 16);
+      emulator::races().read_by_wgmma(thread, operand_place(descriptor, mn_major, mn, k), 16);
 }
 
 /// Which rows of the left operand a warp of the four reads is not said: all.
 template <int kN, bool kTransposed>
 void note_operands(int thread, const ProductLane& lane) {
-  if (!lane.left) note_operand(thread, lane.left_descriptor, false, 0, 64);
-  note_operand(thread, lane.right_descriptor, kTransposed, 0, kN);
+  if (!lane.left) note_operand(thread, lane.left_descriptor, false, 64);
+  note_operand(thread, lane.right_descriptor, kTransposed, kN);
 }
 
 /// A warp's 16 rows of a product, those from `first` on: sum [16][kN] (+)= left [16][16] right [16][kN].

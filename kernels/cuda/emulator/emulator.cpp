@@ -122,24 +122,11 @@ void wait_for_copies(int left) {
 
 thread_local Sight sight;
 
-void access(const void* address, size_t bytes, bool write) {
-  current->races().access(current->number(), address, bytes, write);
-}
-void read_by_wgmma(int thread, const void* address, size_t bytes) {
-  current->races().read_by_wgmma(thread, address, bytes);
-}
-void release(Gathering& to) { current->races().release(current->number(), to); }
-void acquire(const Snapshot& from) { current->races().acquire(current->number(), from); }
-void fence_async() { current->races().fence_async(current->number()); }
-uint32_t begin_bulk_copy(void* to, size_t bytes) {
-  return current->races().begin_bulk_copy(current->number(), to, bytes);
-}
-void end_bulk_copy(uint32_t copy, void* to, size_t bytes, Gathering& barrier) {
-  current->races().end_bulk_copy(copy, to, bytes, barrier);
-}
+Races& races() { return current->races(); }
+int running_thread() { return current->number(); }
 
 void watch(void* start, size_t bytes) {
-  watched.push_back({static_cast<unsigned char*>(start), bytes, std::make_unique<Watched::Cell[]>((bytes + 1) / 2)});
+  watched.emplace_back(start, bytes);
 }
 void unwatch(void* start) {
   const auto gone = [&](const Watched& array) { return array.start == start; };

@@ -106,15 +106,13 @@ class Quiet {
  private:
   Sight before_;
 };
+/// Of the block that runs, and the number of its thread that does.
+Races& races();
+int running_thread();
 /// The running thread reads or writes memory.
-void access(const void* address, size_t bytes, bool write);
-/// See Races.
-void read_by_wgmma(int thread, const void* address, size_t bytes);
-void release(Gathering& to);
-void acquire(const Snapshot& from);
-void fence_async();
-uint32_t begin_bulk_copy(void* to, size_t bytes);
-void end_bulk_copy(uint32_t copy, void* to, size_t bytes, Gathering& barrier);
+inline void access(const void* address, size_t bytes, bool write) {
+  races().access(running_thread(), address, bytes, write);
+}
 /// An array in global memory that the kernels which this thread launches write, until unwatch().
 void watch(void* start, size_t bytes);
 void unwatch(void* start);

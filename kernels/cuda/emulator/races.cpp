@@ -35,6 +35,10 @@ void Gathering::join(size_t thread, uint32_t now, uint32_t fenced) {
   shown = std::max(shown, fenced);
 }
 
+Watched::Watched(void* start, size_t bytes)
+    : start(static_cast<unsigned char*>(start)), bytes(bytes),
+      cells(std::make_unique<Cell[]>((bytes + kCell - 1) / kCell)) {}
+
 Races::Races(int threads, const unsigned char* shared, size_t shared_bytes)
     : count_(threads + 1), shared_(shared), shared_bytes_(shared_bytes), cells_((shared_bytes + kCell - 1) / kCell),
       threads_(static_cast<size_t>(threads)), nothing_(std::make_shared<const Clock>(2 * (threads + 1), 0)) {}
@@ -159,8 +163,9 @@ void Races::access(int thread, const void* address, size_t bytes, bool write) {
 
 void Races::read_by_wgmma(int thread, const void* address, size_t bytes) {
   const Range range = cells(address, bytes);
+  const uint32_t now = present(thread);
   for (size_t cell = range.first; cell < range.last; ++cell) {
-    read(thread, present(thread), cell);
+    read(thread, now, cell);
     if (const uint32_t writer = cells_[cell].writer; writer && !shown(writer, thread))
       fail("wgmma reads what " + name(writer) + " has written, with no fence_async() after", cell);
   }
@@ -168,15 +173,17 @@ void Races::read_by_wgmma(int thread, const void* address, size_t bytes) {
 
 void Races::begin_copy(int thread, const void* to, size_t bytes) {
   const Range range = cells(to, bytes);
+  const uint32_t now = present(thread);
   for (size_t cell = range.first; cell < range.last; ++cell) {
-    write(thread, present(thread), cell);
+    write(thread, now, cell);
     cells_[cell].coming = true;
   }
 }
 
 void Races::end_copy(int thread, const void* to, size_t bytes) {
   const Range range = cells(to, bytes);
-  for (size_t cell = range.first; cell < range.last; ++cell) cells_[cell] = {present(thread), {0, 0}, false};
+  const Cell written{present(thread), {0, 0}, false};
+  std::fill(cells_.begin() + range.first, cells_.begin() + range.last, written);
 }
 
 uint32_t Races::begin_bulk_copy(int thread, const void* to, size_t bytes) {
@@ -186,7 +193,8 @@ uint32_t Races::begin_bulk_copy(int thread, const void* to, size_t bytes) {
 
 void Races::end_bulk_copy(uint32_t copy, const void* to, size_t bytes, Gathering& barrier) {
   const Range range = cells(to, bytes);
-  for (size_t cell = range.first; cell < range.last; ++cell) cells_[cell] = {event(count_ - 1, copy), {0, 0}, false};
+  const Cell written{event(count_ - 1, copy), {0, 0}, false};
+  std::fill(cells_.begin() + range.first, cells_.begin() + range.last, written);
   barrier.join(nothing_);  // a clock of the right size, if nobody has arrived yet
   barrier.join(static_cast<size_t>(count_ - 1), copy, copy);
 }

@@ -46,6 +46,8 @@ struct Watched {
   struct Cell {
     std::atomic<uint64_t> writer{0}, reader{0};
   };
+  Watched(void* start, size_t bytes);
+
   const unsigned char* start;
   size_t bytes;
   std::unique_ptr<Cell[]> cells;
